@@ -1,0 +1,32 @@
+"""What every test shares: one thread a process, repeatable hypothesis runs, the pools of ranks."""
+
+import os
+
+# Before anything imports torch or NumPy, which read it once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from tests.distributed.pool import RankPools
+
+# A busy machine makes single examples slow, and a failure has to come back on the next run.
+settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPools]:
+    """Runs module-level functions on ranks: `ranks.run(fn, *args, world_size=4)`."""
+    with RankPools() as pools:
+        yield pools
+
+
+# First, so that `-m "not distributed"` sees the marker.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.distributed)

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Environment, lint, types and every test that needs no GPU:   bash tests/run.sh [pytest args]
+# Every check runs even when an earlier one failed; the exit code is the first failure's.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+# shellcheck source=scripts/environment.sh
+source "$root/scripts/environment.sh"
+prepare_environment "$root"
+cd "$root"
+
+# Ranks are processes: one thread each, or eight of them fight over a laptop's cores.
+export OMP_NUM_THREADS=1
+
+first_failure=0
+failed=()
+
+check() {
+    local name=$1 code=0
+    shift
+    printf '== %s\n' "$name"
+    "$@" || code=$?
+    if ((code != 0)); then
+        failed+=("$name")
+        if ((first_failure == 0)); then first_failure=$code; fi
+    fi
+}
+
+check "ruff check" python -m ruff check .
+check "ruff format" python -m ruff format --check .
+check "mypy" python -m mypy
+# pytest keeps the last -m, so one among the arguments replaces this one.
+check "pytest" python -m pytest -m "not gpu and not vllm" "$@"
+
+if ((first_failure != 0)); then
+    printf 'failed: %s\n' "${failed[*]}" >&2
+fi
+exit "$first_failure"
