@@ -1,0 +1,198 @@
+"""The command line: Megatron's flags, Trinity's on top, and presets.
+
+What wins, from weakest to strongest: Megatron's defaults, what makes a model a Trinity model, what a
+machine without CUDA needs, the preset, the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megatron_trinity.errors import UsageError
+from megatron_trinity.model.architecture import initializer_sigma, moe_pattern, no_rope_pattern
+from megatron_trinity.presets import apply_preset, preset_names
+from megatron_trinity.upstream.cpu.arguments import refuse_cuda_only_arguments, set_cpu_defaults
+from megatron_trinity.validation import validate
+
+EXAMPLE = """example:
+  torchrun --nproc-per-node 2 pretrain_trinity.py --preset tiny --expert-model-parallel-size 2 \\
+    --tokenizer-model runs/tokenizer --train-data-path runs/data_train --valid-data-path runs/data_valid \\
+    --train-iters 200 --save runs/checkpoints
+"""
+
+TRINITY_DEFAULTS = {
+    # What every Trinity model has, whatever its size (report, section 2).
+    "add_bias_linear": False,
+    "attention_dropout": 0.0,
+    "attention_output_gate": True,
+    "group_query_attention": True,
+    "hidden_dropout": 0.0,
+    "layernorm_epsilon": 1e-5,
+    "moe_router_dtype": "fp32",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_load_balancing_type": "none",
+    "moe_router_score_function": "sigmoid",
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "qk_layernorm": True,
+    "swiglu": True,
+    "untie_embeddings_and_output_weights": True,
+    # Set from Trinity's flags in `derive_megatron_arguments` unless given.
+    "init_method_std": None,
+    # What suits it among Megatron's choices.
+    "create_attention_mask_in_dataloader": False,
+    "log_memory_to_tensorboard": True,
+    "log_timers_to_tensorboard": True,
+    "moe_token_dispatcher_type": "alltoall",
+    "tokenizer_type": "HuggingFaceTokenizer",
+    "transformer_impl": "local",
+}
+"""Defaults that replace Megatron's: argparse destination to value."""
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse, complete and check the command line.
+
+    Args:
+        argv: the words behind the program's name; by default the process's own.
+
+    Raises:
+        UsageError: anything in it that cannot work, in one line.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_trinity.upstream.assertions import refusing
+
+    saved = sys.argv
+    sys.argv = [saved[0], *(saved[1:] if argv is None else argv)]
+    try:
+        args = parse_args(extra_args_provider=_complete_parser)
+    finally:
+        sys.argv = saved
+    _refuse_overridden(args)
+    derive_megatron_arguments(args)
+    validate(args)
+    with refusing("the arguments do not fit together"):
+        validate_args(args)
+    return args
+
+
+def add_trinity_arguments(parser: argparse.ArgumentParser) -> set[str]:
+    """Add Trinity's own flags to `parser`; returns their option strings."""
+    group = parser.add_argument_group(title="trinity")
+    actions = [
+        group.add_argument(
+            "--preset", metavar="NAME", help=f"{', '.join(preset_names())}, or a YAML file"
+        ),
+        group.add_argument(
+            "--sliding-window",
+            type=int,
+            metavar="W",
+            help="keys that a query of a local layer sees, itself included",
+        ),
+        group.add_argument(
+            "--global-attn-every-n-layers",
+            type=int,
+            default=4,
+            metavar="N",
+            help="every N-th layer is global: full attention, no RoPE (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--num-dense-layers",
+            type=int,
+            default=0,
+            metavar="K",
+            help="layers at the start with a dense MLP in place of experts (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--num-shared-experts",
+            type=int,
+            default=1,
+            metavar="S",
+            help="experts that see every token (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--mup-enabled",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="multiply token embeddings by sqrt(hidden size) (default: %(default)s)",
+        ),
+    ]
+    return {option for action in actions for option in action.option_strings}
+
+
+def derive_megatron_arguments(args: argparse.Namespace) -> None:
+    """Set, in place, the Megatron arguments that follow from Trinity's."""
+    if args.num_layers is not None:
+        every = args.global_attn_every_n_layers
+        args.no_rope_freq = no_rope_pattern(args.num_layers, every)
+        args.moe_layer_freq = moe_pattern(args.num_layers, args.num_dense_layers)
+        args.window_attn_skip_freq = every
+    if args.sliding_window is not None:
+        args.window_size = (args.sliding_window - 1, 0)  # Megatron counts the keys to the left.
+    if args.num_shared_experts and args.moe_ffn_hidden_size:
+        args.moe_shared_expert_intermediate_size = (
+            args.num_shared_experts * args.moe_ffn_hidden_size
+        )
+    if args.init_method_std is None and args.hidden_size is not None:
+        args.init_method_std = initializer_sigma(args.hidden_size)
+    args.weight_init_seed = args.seed
+
+
+def _complete_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    import torch
+
+    trinity_flags = add_trinity_arguments(parser)
+    parser.description = "Train a Trinity model with Megatron-Core."
+    parser.epilog = EXAMPLE
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = _usage_error  # type: ignore[method-assign]
+    _check_destinations(parser)
+    parser.set_defaults(**TRINITY_DEFAULTS)
+    if not torch.cuda.is_available():
+        set_cpu_defaults(parser)
+    preset = _chosen_preset()
+    if preset is not None:
+        apply_preset(parser, preset, trinity_flags)
+    return parser
+
+
+def _usage_error(message: str) -> NoReturn:
+    raise UsageError(f"{message}; --help lists every flag")
+
+
+def _check_destinations(parser: argparse.ArgumentParser) -> None:
+    known = {action.dest for action in parser._actions}
+    missing = sorted(set(TRINITY_DEFAULTS) - known)
+    if missing:
+        raise UsageError(f"megatron-core has no argument {missing[0]} any more")
+
+
+def _chosen_preset() -> str | None:
+    """`--preset` alone, read ahead of the rest, since it changes the defaults of the rest."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    parser.error = _usage_error  # type: ignore[method-assign]
+    preset: str | None = parser.parse_known_args()[0].preset
+    return preset
+
+
+def _refuse_overridden(args: argparse.Namespace) -> None:
+    """Refuse Megatron flags whose place a Trinity flag takes, so that none is overridden in silence."""
+    replaced = {
+        "window_size": ("--window-size", None, "--sliding-window"),
+        "window_attn_skip_freq": ("--window-attn-skip-freq", None, "--global-attn-every-n-layers"),
+        "no_rope_freq": ("--no-rope-freq", None, "--global-attn-every-n-layers"),
+        "moe_layer_freq": ("--moe-layer-freq", 1, "--num-dense-layers"),
+        "moe_shared_expert_intermediate_size": (
+            "--moe-shared-expert-intermediate-size",
+            None,
+            "--num-shared-experts",
+        ),
+    }
+    for dest, (flag, default, instead) in replaced.items():
+        if getattr(args, dest) != default:
+            raise UsageError(f"{flag} follows from a Trinity flag; use {instead}")

@@ -1,0 +1,1 @@
+"""Checkpoints: the mapping to and from Hugging Face's AfMoE form."""

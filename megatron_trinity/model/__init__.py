@@ -1,0 +1,1 @@
+"""The Trinity (AfMoE) model on megatron-core's modules."""

@@ -1,0 +1,28 @@
+"""The formulas of the architecture that need no tensors."""
+
+from __future__ import annotations
+
+
+def layer_is_global(layer: int, every: int) -> bool:
+    """Whether 0-based `layer` is global: full attention, no RoPE. With 4: layers 3, 7, 11, ..."""
+    return (layer + 1) % every == 0
+
+
+def no_rope_pattern(num_layers: int, every: int) -> list[int]:
+    """Megatron's `no_rope_freq`: 1 where a layer has no RoPE, which is where it is global."""
+    return [int(layer_is_global(layer, every)) for layer in range(num_layers)]
+
+
+def moe_pattern(num_layers: int, num_dense_layers: int) -> list[int]:
+    """Megatron's `moe_layer_freq`: 0 for the dense layers at the start, then 1."""
+    return [int(layer >= num_dense_layers) for layer in range(num_layers)]
+
+
+def initializer_sigma(hidden_size: int) -> float:
+    """Standard deviation of the initial weights before truncation, 0.5/sqrt(d) (report, eq. 38)."""
+    return 0.5 * float(hidden_size) ** -0.5
+
+
+def post_norm_gain(num_layers: int) -> float:
+    """The initial gain of the sandwich's outer norms, 1/sqrt(L) (report, eq. 35)."""
+    return float(num_layers) ** -0.5

@@ -1,0 +1,49 @@
+"""Trinity's configuration: megatron-core's, with what it has no field for."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+)
+from megatron.training.models.gpt import GPTModelConfig
+
+
+@dataclass
+class TrinityConfig(TransformerConfig):
+    """`TransformerConfig` plus Trinity's own fields.
+
+    Weights get their values from `megatron_trinity.model.initialization` after the model is built,
+    so Megatron's own initialisation is always off.
+    """
+
+    mup_enabled: bool = True
+    """Multiply token embeddings by sqrt(hidden_size) (report, eq. 39; the HF config's name)."""
+
+    weight_init_seed: int = 1234
+    """Seed of the initial weights; the same seed gives the same weights in every layout."""
+
+    def __post_init__(self) -> None:
+        self.perform_initialization = False
+        super().__post_init__()
+
+
+@dataclass(kw_only=True)
+class TrinityModelConfig(GPTModelConfig):
+    """What `TrinityModelBuilder` builds from: a `TrinityConfig` and the vocabulary."""
+
+    builder: ClassVar[str] = "megatron_trinity.model.builder.TrinityModelBuilder"
+
+
+def model_config_from_args(args: Namespace) -> TrinityModelConfig:
+    """The model that parsed and validated arguments describe."""
+    config = core_transformer_config_from_args(args, TrinityConfig)
+    model_config: TrinityModelConfig = gpt_config_from_args(
+        args, config=config, model_config_cls=TrinityModelConfig
+    )
+    return model_config

@@ -1,0 +1,79 @@
+"""RMSNorm with an fp32 gain, and the post-norm half of the sandwich norm.
+
+Shapes: `[s, b, h]` hidden states, `[s, b, heads, head_dim]` for the norms of queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_trinity.model.architecture import post_norm_gain
+
+
+class TrinityRMSNorm(nn.Module):
+    """RMSNorm over the last dimension, computed in fp32, with a gain that stays fp32.
+
+    Built like every Megatron norm: `TrinityRMSNorm(config=..., hidden_size=..., eps=...)`.
+    The gain keeps its fp32 dtype when the model is cast to bf16, as transformers'
+    `AfmoeForCausalLM` keeps it (`_keep_in_fp32_modules`).
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, gain: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.full((hidden_size,), gain, dtype=torch.float32))
+        # Under sequence parallelism each rank sees part of the tokens: Megatron sums such gradients.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise `hidden` over its last dimension; same shape and dtype out."""
+        normed = F.rms_norm(hidden.float(), self.weight.shape, self.weight.float(), self.eps)
+        return normed.to(hidden.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrinityRMSNorm:
+        # Casting to bf16 and back would round the gain, so keep the value and only follow the device.
+        exact = self.weight.detach()
+        super()._apply(fn, recurse)
+        if self.weight.dtype != torch.float32:
+            self.weight.data = exact.to(self.weight.device)
+        return self
+
+
+class PostNormAdd(nn.Module):
+    """`residual + RMSNorm(sublayer output)`: the outer half of the sandwich norm.
+
+    It takes the place of Megatron's bias-dropout-add, so that one module covers the attention, the
+    dense MLP and the sum of shared and routed experts. Its gain starts at 1/sqrt(L), L the number of
+    transformer layers, the same at every depth (report, eq. 33-35).
+    """
+
+    def __init__(
+        self, config: TransformerConfig, norm: Callable[..., nn.Module] = TrinityRMSNorm
+    ) -> None:
+        super().__init__()
+        self.norm = norm(
+            config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+        )
+        nn.init.constant_(self.norm.weight, post_norm_gain(config.num_layers))
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        """Return the add, as `megatron.core.fusions.fused_bias_dropout.get_bias_dropout_add` does.
+
+        Trinity has neither biases nor dropout, so `training` and `fused` change nothing.
+        """
+        return self._add
+
+    def _add(
+        self, output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float
+    ) -> Tensor:
+        output, bias = output_with_bias
+        if bias is not None or dropout:
+            raise ValueError("Trinity's sublayers have no bias and no dropout")
+        return residual + self.norm(output)

@@ -1,0 +1,106 @@
+"""The parts of a model's tensors that this rank holds, under names that no layout changes.
+
+A canonical name is the key that a tensor has in a `torch_dist` checkpoint, for example
+`decoder.layers.5.mlp.experts.experts.linear_fc1.weight`, one tensor `[E, 2f, h]` for all experts.
+Names and parts come from the model's own sharded state dict, so tensor, pipeline, virtual pipeline
+and expert parallelism need no code here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's part of one canonical tensor.
+
+    Attributes:
+        key: canonical name.
+        data: the part itself, a view of the parameter or buffer; no leading axes.
+        global_shape: shape of the whole tensor.
+        offset: where the part starts on every axis of the whole tensor.
+        leading_axes: how many axes of the whole tensor stand in front of `data`'s (1 for experts).
+    """
+
+    key: str
+    data: Tensor
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    leading_axes: int
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        """Where the part stands on the leading axes: the number of an expert."""
+        return self.offset[: self.leading_axes]
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor behind its leading axes."""
+        return self.global_shape[self.leading_axes :]
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The view of `whole`, a tensor of `matrix_shape`, that this part covers."""
+        for axis, size in enumerate(self.data.shape):
+            whole = whole.narrow(axis, self.offset[self.leading_axes + axis], size)
+        return whole
+
+
+def model_shards(model: MegatronModule) -> Iterator[Shard]:
+    """Every part of every tensor (parameters and persistent buffers) that `model` holds."""
+    for tensor in _sharded_tensors(model.sharded_state_dict()):
+        yield Shard(
+            tensor.key,
+            tensor.data,
+            tuple(tensor.global_shape),
+            tuple(tensor.global_offset),
+            tensor.prepend_axis_num,
+        )
+
+
+def load_whole_tensors(model: MegatronModule, tensors: Mapping[str, Tensor]) -> None:
+    """Copy this rank's part of each canonical tensor into `model`, in place.
+
+    Raises:
+        KeyError: a tensor of the model is missing from `tensors`.
+        ValueError: a shape differs.
+    """
+    with torch.no_grad():
+        for shard in model_shards(model):
+            whole = tensors[shard.key]
+            if tuple(whole.shape) != shard.global_shape:
+                raise ValueError(
+                    f"{shard.key}: the model has {list(shard.global_shape)}, "
+                    f"the source has {list(whole.shape)}"
+                )
+            shard.data.copy_(shard.of(whole[shard.index]))
+
+
+def whole_tensors(model: MegatronModule) -> dict[str, Tensor]:
+    """Canonical name to a copy of the whole tensor, for a model that lies on one rank."""
+    tensors: dict[str, Tensor] = {}
+    for shard in model_shards(model):
+        if shard.key not in tensors:
+            tensors[shard.key] = torch.empty(shard.global_shape, dtype=shard.data.dtype)
+        shard.of(tensors[shard.key][shard.index]).copy_(shard.data.detach())
+    return tensors
+
+
+def _sharded_tensors(state: object) -> Iterator[ShardedTensor]:
+    if isinstance(state, ShardedTensor):
+        yield state
+    elif isinstance(state, ShardedTensorFactory):
+        # Gate and up are one tensor on a rank; the factory gives views of the two halves.
+        yield from _sharded_tensors(state.build())
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from _sharded_tensors(value)
+    elif isinstance(state, list):
+        for value in state:
+            yield from _sharded_tensors(value)

@@ -1,0 +1,98 @@
+"""Presets: YAML files of two blocks, `megatron:` and `trinity:`, each a mapping of flags to values."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_trinity.errors import UsageError
+
+BLOCKS = ("megatron", "trinity")
+
+
+def preset_names() -> list[str]:
+    """The names that `--preset` takes."""
+    files = resources.files(__package__).iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def load_preset(name_or_path: str) -> dict[str, dict[str, Any]]:
+    """Read a preset by its name, or by the path of a YAML file of one's own.
+
+    Returns: block name to flag (without the dashes in front) to value.
+
+    Raises:
+        UsageError: there is no such preset, or it is not a preset.
+    """
+    if name_or_path in preset_names():
+        text = (resources.files(__package__) / f"{name_or_path}.yaml").read_text()
+    elif name_or_path.endswith((".yaml", ".yml")) and Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text()
+    else:
+        raise UsageError(
+            f"--preset {name_or_path}: no such preset; there are {', '.join(preset_names())}, "
+            "or give the path of a YAML file"
+        )
+    try:
+        preset = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"preset {name_or_path} is not YAML: {' '.join(str(error).split())}")
+    if not isinstance(preset, dict) or not all(isinstance(b, dict) for b in preset.values()):
+        raise UsageError(f"preset {name_or_path} needs two blocks of flags, megatron: and trinity:")
+    unknown = sorted(set(preset) - set(BLOCKS))
+    if unknown:
+        raise UsageError(
+            f"preset {name_or_path}: unknown block {unknown[0]}; it has megatron: and trinity:"
+        )
+    return preset
+
+
+def apply_preset(
+    parser: argparse.ArgumentParser, name_or_path: str, trinity_flags: set[str]
+) -> None:
+    """Make the values of a preset the defaults of `parser`, so that the command line wins.
+
+    Args:
+        parser: has every Megatron and Trinity flag.
+        name_or_path: the preset.
+        trinity_flags: option strings that belong in the `trinity:` block.
+
+    Raises:
+        UsageError: a key is no flag, stands in the wrong block, or its value does not fit.
+    """
+    for block, flags in load_preset(name_or_path).items():
+        for key, value in flags.items():
+            option, where = f"--{key}", f"preset {name_or_path}, {block}: {key}"
+            action = parser._option_string_actions.get(option)
+            if action is None or (option in trinity_flags) != (block == "trinity"):
+                raise UsageError(f"{where} is not a {block} flag")
+            parser.set_defaults(**{action.dest: _default(action, option, value, where)})
+
+
+def _default(action: argparse.Action, option: str, value: Any, where: str) -> Any:
+    """The default that makes `action` behave as if the command line had given `value`."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise UsageError(f"{where} is a switch; give true or false")
+        return value
+    if action.nargs == 0:
+        if value is not True:
+            raise UsageError(f"{where} is a switch; give true or leave it out")
+        return action.const
+    try:
+        if isinstance(value, list):
+            return [_typed(action, item) for item in value]
+        typed = _typed(action, value)
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise UsageError(f"{where} cannot be {value!r}: {error}")
+    if action.choices is not None and typed not in action.choices:
+        raise UsageError(f"{where} cannot be {value!r}; choose from {list(action.choices)}")
+    return [typed] if action.nargs in ("*", "+") else typed
+
+
+def _typed(action: argparse.Action, value: Any) -> Any:
+    return action.type(str(value)) if callable(action.type) else value

@@ -1,0 +1,1 @@
+"""The training entry point and what Megatron's loop calls back."""

@@ -1,0 +1,61 @@
+"""One micro-batch, on the ranks that need it.
+
+Shapes: b micro-batch, s sequence length (divided by the context-parallel size where it is above 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args
+from torch import Tensor
+
+KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def next_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor | None]:
+    """Take a micro-batch from the iterator of tensor-parallel rank 0 and share it with its group.
+
+    Returns: `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (fp32), each `[b, s]`; None
+    where this pipeline stage has no use for it.
+    """
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    if not (first or last):
+        return dict.fromkeys(KEYS)
+    args = get_args()
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    batch: dict[str, Any] = {}
+    if tp_rank == 0:
+        if data_iterator is None:
+            raise RuntimeError("tensor-parallel rank 0 of this pipeline stage has no data")
+        sample = next(data_iterator)
+        batch = {key: sample[key].cuda(non_blocking=True) for key in KEYS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=_micro_batch_size(args),
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=first,
+        is_pipeline_last_stage=last,
+    )
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
+    )
+    return {key: batch[key] for key in KEYS}
+
+
+def _micro_batch_size(args: Any) -> int:
+    size: int = args.micro_batch_size if torch.is_grad_enabled() else args.eval_micro_batch_size
+    return size

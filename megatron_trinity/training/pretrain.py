@@ -1,0 +1,51 @@
+"""The entry point: arguments, model, data and Megatron's training loop, put together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from megatron.core.enums import ModelType
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.global_vars import set_global_variables
+from megatron.training.training import pretrain as megatron_pretrain
+
+from megatron_trinity.arguments import parse_arguments
+from megatron_trinity.data.datasets import check_data, train_valid_test_datasets
+from megatron_trinity.errors import UsageError
+from megatron_trinity.model.config import model_config_from_args
+from megatron_trinity.training.forward_step import forward_step
+from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
+
+
+def pretrain(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says.
+
+    Raises:
+        TrinityError: what was asked for cannot work; in one line.
+    """
+    args = parse_arguments(argv)
+    check_launch()
+    check_data(args)
+    check_tokenizer_path(args)
+    set_global_variables(args)
+    settle_vocabulary(args)
+    megatron_pretrain(
+        pretrain_cfg_container_from_args(args, model_config_from_args(args)),
+        train_valid_test_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+
+
+def check_launch() -> None:
+    """Refuse to start without a launcher, which tells every rank where the others are.
+
+    Raises:
+        UsageError: the launcher's environment variables are missing.
+    """
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"{missing[0]} is not set; start with torchrun --nproc-per-node N pretrain_trinity.py"
+        )

@@ -1,0 +1,197 @@
+"""What cannot work, why, and what to do instead: one table, checked before anything is built."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_trinity.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A combination of arguments that is refused at start.
+
+    Attributes:
+        name: short and stable, for tests and docs.
+        applies: whether parsed arguments ask for it.
+        message: format string over the arguments: what is wrong, and what to use instead.
+    """
+
+    name: str
+    applies: Callable[[Namespace], bool]
+    message: str
+
+
+def _model_ranks(args: Namespace) -> int:
+    return int(
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * args.context_parallel_size
+    )
+
+
+def _expert_ranks(args: Namespace) -> int:
+    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    return int(expert_tensor * args.expert_model_parallel_size * args.pipeline_model_parallel_size)
+
+
+def _data_ranks(args: Namespace) -> int:
+    return int(args.world_size) // _model_ranks(args)
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "no-model",
+        lambda a: a.num_layers is None or a.hidden_size is None or not a.num_experts,
+        "no model is given; use --preset, or --num-layers, --hidden-size, --num-experts and so on",
+    ),
+    Refusal(
+        "no-window",
+        lambda a: a.sliding_window is None,
+        "--sliding-window is not given; local layers need it",
+    ),
+    Refusal(
+        "window-too-small",
+        lambda a: a.sliding_window < 1,
+        "--sliding-window {sliding_window}: a token sees at least itself; use 1 or more",
+    ),
+    Refusal(
+        "global-every",
+        lambda a: a.global_attn_every_n_layers < 1,
+        "--global-attn-every-n-layers {global_attn_every_n_layers}: use 1 (all global) or more",
+    ),
+    Refusal(
+        "dense-layers",
+        lambda a: not 0 <= a.num_dense_layers < a.num_layers,
+        "--num-dense-layers {num_dense_layers} of --num-layers {num_layers}: a Trinity model has at "
+        "least one MoE layer",
+    ),
+    Refusal(
+        "shared-experts",
+        lambda a: a.num_shared_experts < 0,
+        "--num-shared-experts {num_shared_experts}: use 0 or more",
+    ),
+    Refusal(
+        "topk",
+        lambda a: not 1 <= a.moe_router_topk <= a.num_experts,
+        "--moe-router-topk {moe_router_topk} of --num-experts {num_experts}: use 1 to {num_experts}",
+    ),
+    Refusal(
+        "model-ranks",
+        lambda a: a.world_size % _model_ranks(a) != 0,
+        "{world_size} ranks cannot be split into tensor {tensor_model_parallel_size} x pipeline "
+        "{pipeline_model_parallel_size} x context {context_parallel_size}; start a multiple of their "
+        "product, or lower one of them",
+    ),
+    Refusal(
+        "expert-ranks",
+        lambda a: a.world_size % _expert_ranks(a) != 0,
+        "{world_size} ranks cannot be split into expert {expert_model_parallel_size} x expert-tensor x "
+        "pipeline {pipeline_model_parallel_size}; start a multiple of their product, or lower one",
+    ),
+    Refusal(
+        "experts-over-ranks",
+        lambda a: a.num_experts % a.expert_model_parallel_size != 0,
+        "--num-experts {num_experts} do not divide over --expert-model-parallel-size "
+        "{expert_model_parallel_size}; use a divisor",
+    ),
+    Refusal(
+        "tensor-over-groups",
+        lambda a: (
+            a.num_query_groups % a.tensor_model_parallel_size != 0
+            and a.tensor_model_parallel_size % a.num_query_groups != 0
+        ),
+        "--num-query-groups {num_query_groups} do not fit --tensor-model-parallel-size "
+        "{tensor_model_parallel_size}; one must divide the other",
+    ),
+    Refusal(
+        "heads-over-groups",
+        lambda a: a.num_attention_heads % a.num_query_groups != 0,
+        "--num-attention-heads {num_attention_heads} do not divide into --num-query-groups "
+        "{num_query_groups}; use a divisor",
+    ),
+    Refusal(
+        "context-parallel",
+        lambda a: a.context_parallel_size > 1,
+        "--context-parallel-size {context_parallel_size}: the portable core attention does not split "
+        "sequences over ranks; use 1",
+    ),
+    Refusal(
+        "batch-over-ranks",
+        lambda a: (
+            a.global_batch_size is not None
+            and a.global_batch_size % (a.micro_batch_size * _data_ranks(a)) != 0
+        ),
+        "--global-batch-size {global_batch_size} is no multiple of --micro-batch-size "
+        "{micro_batch_size} times the data-parallel ranks; change one of them",
+    ),
+    Refusal(
+        "packed-documents",
+        lambda a: a.reset_attention_mask or a.dataloader_inter_document_masking,
+        "documents cannot be masked from each other: the portable core attention would ignore the "
+        "mask; leave out --reset-attention-mask and --dataloader-inter-document-masking",
+    ),
+    Refusal(
+        "attention-mask",
+        lambda a: a.create_attention_mask_in_dataloader,
+        "the core attention takes no mask tensor; leave --no-create-attention-mask-in-dataloader set",
+    ),
+    Refusal(
+        "router",
+        lambda a: (
+            a.moe_router_score_function != "sigmoid"
+            or not a.moe_router_enable_expert_bias
+            or a.moe_router_load_balancing_type not in ("none", ["none"])
+        ),
+        "Trinity's router has sigmoid scores, an expert bias and no auxiliary loss of Megatron's; leave "
+        "--moe-router-score-function and --moe-router-load-balancing-type at their defaults",
+    ),
+    Refusal(
+        "router-extras",
+        lambda a: (
+            a.moe_expert_capacity_factor is not None
+            or a.moe_z_loss_coeff is not None
+            or a.moe_router_num_groups
+            or a.moe_router_fusion
+            or a.moe_enable_routing_replay
+        ),
+        "Trinity's router drops no tokens and knows no groups, router z-loss, fusion or replay; leave out "
+        "--moe-expert-capacity-factor, --moe-z-loss-coeff, --moe-router-num-groups, "
+        "--moe-router-fusion and --moe-enable-routing-replay",
+    ),
+    Refusal(
+        "dropout",
+        lambda a: a.attention_dropout or a.hidden_dropout,
+        "Trinity has no dropout; leave --attention-dropout and --hidden-dropout at 0",
+    ),
+    Refusal(
+        "mup",
+        lambda a: a.use_mup,
+        "--use-mup also changes softmax scale, init and learning rates; use --mup-enabled, the "
+        "embedding scale alone",
+    ),
+    Refusal(
+        "checkpoint-args",
+        lambda a: a.use_checkpoint_args,
+        "--use-checkpoint-args is not supported; give the preset and flags that the run had",
+    ),
+    Refusal(
+        "other-models",
+        lambda a: a.multi_latent_attention or a.mtp_num_layers or a.hybrid_layer_pattern,
+        "latent attention, multi-token prediction and hybrid layers are not part of Trinity; leave out "
+        "--multi-latent-attention, --mtp-num-layers and --hybrid-layer-pattern",
+    ),
+)
+
+
+def validate(args: Namespace) -> None:
+    """Refuse arguments that cannot work, before Megatron's own checks.
+
+    Raises:
+        UsageError: the first row of the table that applies.
+    """
+    for refusal in REFUSALS:
+        if refusal.applies(args):
+            raise UsageError(refusal.message.format(**vars(args)))

@@ -1,0 +1,18 @@
+#!/usr/bin/env python3
+"""Train a Trinity model: `torchrun --nproc-per-node 2 pretrain_trinity.py --preset tiny ...`."""
+
+from megatron_trinity.errors import run_command
+
+
+def main() -> None:
+    from megatron_trinity.upstream import adapt_megatron
+
+    adapt_megatron()  # before anything imports megatron.training
+
+    from megatron_trinity.training.pretrain import pretrain
+
+    pretrain()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,75 @@
+"""Small Trinity models for tests, built from command-line flags as the trainer builds them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AfmoeConfig
+
+# Always there: what the trainer needs and a test of the model does not care about.
+BATCH_FLAGS = (
+    "--micro-batch-size",
+    "1",
+    "--seq-length",
+    "64",
+    "--train-iters",
+    "1",
+    "--lr",
+    "1e-3",
+)
+
+
+def afmoe_config(**overrides: Any) -> AfmoeConfig:
+    """A configuration that a test runs in milliseconds and that has everything a Trinity model has."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 160,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_dense_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 1,
+        "route_scale": 1.5,
+        "global_attn_every_n_layers": 4,
+        "sliding_window": 7,
+        "mup_enabled": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    return AfmoeConfig(**{**sizes, **overrides})
+
+
+def parse(config: AfmoeConfig, flags: Sequence[str] = ()) -> Namespace:
+    """Parsed arguments of the model that `config` describes."""
+    from megatron_trinity.arguments import parse_arguments
+    from megatron_trinity.checkpoint.hf_config import flags_from_hf_config
+
+    args = parse_arguments([*BATCH_FLAGS, *flags_from_hf_config(config), *flags])
+    args.padded_vocab_size = config.vocab_size
+    return args
+
+
+def build(args: Namespace) -> Any:
+    """The model, or this rank's first stage of it, in the layout that `args` ask for."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_trinity.model.builder import TrinityModelBuilder
+    from megatron_trinity.model.config import model_config_from_args
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return TrinityModelBuilder(model_config_from_args(args)).build_model(groups)
