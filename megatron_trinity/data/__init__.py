@@ -1,0 +1,1 @@
+"""Data: the tokenizer, the preparation of documents, and the datasets that training reads."""

@@ -1,0 +1,88 @@
+"""Megatron's GPT datasets from the command line's data paths."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.training import get_args, get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_trinity.data.indexed import check_indexed_dataset
+from megatron_trinity.errors import UsageError
+
+
+def train_valid_test_datasets(num_samples: Sequence[int | None]) -> tuple[Any, Any, Any]:
+    """Build the three splits; Megatron calls it on every rank.
+
+    Args:
+        num_samples: how many samples of each split the run needs; None for one pass over it.
+    """
+    args = get_args()
+    dataset_type = MockGPTDataset if args.mock_data else GPTDataset
+    builder = BlendedMegatronDatasetBuilder(
+        dataset_type, list(num_samples), _this_rank_reads, _dataset_config(args)
+    )
+    train, valid, test = builder.build()
+    return train, valid, test
+
+
+# Megatron then calls it on every rank and leaves the choice of ranks to `_this_rank_reads`.
+train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def check_data(args: Namespace) -> None:
+    """Check every indexed dataset that the command line names, before anything is built.
+
+    Raises:
+        UsageError: none is named.
+        TrinityError: one is missing, truncated or corrupt.
+    """
+    if args.mock_data:
+        return
+    prefixes = data_prefixes(args)
+    if not prefixes:
+        raise UsageError(
+            "no data: give --train-data-path and --valid-data-path, or --data-path with --split, "
+            "as tools/prepare_data.py writes them"
+        )
+    for prefix in prefixes:
+        check_indexed_dataset(prefix)
+
+
+def data_prefixes(args: Namespace) -> list[str]:
+    """Path prefixes of the indexed datasets that the command line names."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    blends = [blend] if blend else [split for split in blend_per_split or [] if split]
+    return [prefix for paths, _ in blends for prefix in paths]
+
+
+def _dataset_config(args: Namespace) -> GPTDatasetConfig:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+
+
+def _this_rank_reads() -> bool:
+    """Tensor-parallel rank 0 of the first and the last pipeline stage read; `batch` shares it."""
+    ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+    return bool(ends and parallel_state.get_tensor_model_parallel_rank() == 0)

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import DType
+from transformers import AutoTokenizer
+
+from megatron_trinity.data.documents import Document
+from megatron_trinity.data.encode import (
+    Encoder,
+    TokenizerInfo,
+    available_cpus,
+    encode_in_order,
+    interrupts_deferred,
+    load_tokenizer,
+    token_dtype,
+)
+from megatron_trinity.errors import TrinityError, UsageError
+
+
+@pytest.fixture(scope="module")
+def info(tokenizer_dir: Path) -> TokenizerInfo:
+    return load_tokenizer(tokenizer_dir)
+
+
+def document(text: str) -> Document:
+    return Document(text[:10], text, text, len(text.encode()), len(text.encode()))
+
+
+def test_what_is_loaded(info: TokenizerInfo) -> None:
+    assert (info.vocab_size, info.eod_token, info.eod_id) == (300, "<|end_of_text|>", 1)
+    assert len(info.sha256) == 64
+
+
+@pytest.mark.parametrize("vocab_size", [300, 65499, 65500, 65536, 200192])
+def test_dtype_is_megatrons(vocab_size: int) -> None:
+    assert token_dtype(vocab_size) == np.dtype(DType.optimal_dtype(vocab_size))
+
+
+def test_ids_are_those_of_the_hugging_face_tokenizer(
+    info: TokenizerInfo, tokenizer_dir: Path
+) -> None:
+    text = "the router, 1234567 ¿漢字?\n"
+    expected = AutoTokenizer.from_pretrained(str(tokenizer_dir))(text).input_ids
+    (ids,) = Encoder(info.serialized, None, np.dtype(np.uint16)).encode([text])
+    assert ids.tolist() == expected
+    (ids,) = Encoder(info.serialized, 1, np.dtype(np.int32)).encode([text])
+    assert ids.tolist() == [*expected, 1]
+    assert ids.dtype == np.int32
+
+
+def test_names_of_special_tokens_in_a_document_are_text(info: TokenizerInfo) -> None:
+    (ids,) = Encoder(info.serialized, 1, np.dtype(np.uint16)).encode(["a<|end_of_text|>b<|pad|>"])
+    assert [i for i in ids.tolist() if i < 5] == [1]
+    assert ids[-1] == 1
+
+
+def test_text_without_tokens_has_no_end_either(info: TokenizerInfo) -> None:
+    (ids,) = Encoder(info.serialized, 1, np.dtype(np.uint16)).encode([""])
+    assert ids.size == 0
+
+
+def test_truncation_and_padding_of_a_tokenizer_are_not_applied(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["truncation"] = {
+        "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    content["padding"] = {
+        "strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 4, "pad_type_id": 0, "pad_token": "<|pad|>",
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (ids,) = Encoder(load_tokenizer(tmp_path).serialized, None, np.dtype(np.uint16)).encode(["xyz"])
+    assert ids.size == 3
+
+
+def test_missing_or_damaged_tokenizer_is_told_in_one_line(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"no tokenizer.json in .*train_tokenizer.py"):
+        load_tokenizer(tmp_path)
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    whole = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(whole[: len(whole) // 2])
+    with pytest.raises(TrinityError, match="does not load") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][last] = 70_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(TrinityError, match="300 tokens but ids beyond"):
+        load_tokenizer(tmp_path)
+
+
+def test_order_is_kept_when_batches_finish_in_another(info: TokenizerInfo) -> None:
+    """Batches of very different sizes on three workers, with more of them than are kept waiting."""
+    found = [document(f"{i} " + "router " * (60_000 if i % 5 == 0 else 1)) for i in range(30)]
+    alone = list(encode_in_order(found, info, True, 1))
+    together = list(encode_in_order(found, info, True, 3))
+    assert [d for d, _ in alone] == [d for d, _ in together] == found
+    for (_, a), (_, b) in zip(alone, together, strict=True):
+        assert a.dtype == b.dtype == np.uint16
+        np.testing.assert_array_equal(a, b)
+
+
+def test_reading_stays_a_bounded_distance_ahead(info: TokenizerInfo) -> None:
+    read = 0
+
+    def found() -> list[Document]:
+        return [document("x" * (1 << 18))]  # a batch each
+
+    def endless():  # type: ignore[no-untyped-def]
+        nonlocal read
+        while True:
+            read += 1
+            yield from found()
+
+    encoded = encode_in_order(endless(), info, False, 2)
+    next(encoded)
+    encoded.close()
+    assert read <= 2 * 4 + 2
+
+
+def test_killed_worker_is_told(info: TokenizerInfo) -> None:
+    import multiprocessing
+
+    def found():  # type: ignore[no-untyped-def]
+        yield document("a" * (1 << 18))
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, signal.SIGKILL)
+        yield document("b" * (1 << 18))
+
+    with pytest.raises(TrinityError, match=r"was killed.*fewer --workers"):
+        list(encode_in_order(found(), info, True, 2))
+
+
+def test_no_eos_is_known(info: TokenizerInfo) -> None:
+    alone = replace(info, eod_id=None)
+    ((_, ids),) = encode_in_order([document("ab")], alone, False, 1)
+    assert ids.size == 2
+
+
+def test_cpus() -> None:
+    assert 1 <= available_cpus() <= (os.cpu_count() or 1)
+
+
+def test_interrupt_that_an_import_swallows_is_not_lost() -> None:
+    after = []
+
+    def import_something() -> None:
+        with interrupts_deferred(), contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
+            after.append("went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        import_something()
+    assert after == ["went on"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

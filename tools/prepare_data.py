@@ -1,0 +1,92 @@
+"""Tokenise documents into Megatron indexed datasets, one for training and one for validation."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_trinity.data.documents import DEFAULT_VALID_FRACTION, PYTHON_STDLIB
+from megatron_trinity.errors import run_command
+
+EXAMPLE = f"""example:
+  python tools/prepare_data.py --source {PYTHON_STDLIB} --tokenizer data/tokenizer \\
+      --output data/stdlib
+then train with
+  --train-data-path data/stdlib_train --valid-data-path data/stdlib_valid
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        required=True,
+        help=f"directories, text files, .jsonl or .jsonl.gz files, or {PYTHON_STDLIB}",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="a Hugging Face tokenizer's directory"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="prefix: PREFIX_train.bin, PREFIX.json, ..."
+    )
+    parser.add_argument("--glob", default="**/*", help="which files of a directory (default **/*)")
+    parser.add_argument("--json-key", default="text", help="where a line has its text (text)")
+    parser.add_argument(
+        "--valid-fraction",
+        type=float,
+        default=DEFAULT_VALID_FRACTION,
+        help="share of documents for validation, 0 for none (default %(default)s)",
+    )
+    parser.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end each document with the tokenizer's eos token (default: yes)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="processes that tokenise; the result is the same for any number (default: one a CPU)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from megatron_trinity.data.encode import available_cpus
+    from megatron_trinity.data.prepare import PrepareRequest, prepare_dataset
+    from megatron_trinity.data.progress import progress_for_terminal
+
+    request = PrepareRequest(
+        sources=tuple(arguments.source),
+        tokenizer=arguments.tokenizer,
+        output=arguments.output,
+        glob=arguments.glob,
+        json_key=arguments.json_key,
+        valid_fraction=arguments.valid_fraction,
+        append_eod=arguments.append_eod,
+        workers=available_cpus() if arguments.workers is None else arguments.workers,
+        overwrite=arguments.overwrite,
+    )
+    made, is_new = prepare_dataset(request, progress_for_terminal)
+    for name, split in made["splits"].items():
+        print(
+            f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, "
+            f"{split['bytes'] / 1e6:,.1f} MB, "
+            f"{split['bytes'] / split['tokens']:.2f} bytes a token, "
+            f"unigram entropy {split['unigram_entropy_nats']:.3f} nats"
+        )
+    for reason, found in made["skipped"].items():
+        print(f"left out: {found['count']:,} {reason} (named in {request.manifest_path})")
+    if is_new:
+        print(f"wrote {', '.join(str(request.prefix(split)) for split in request.splits)}")
+    else:
+        print(f"{request.output} is prepared already; nothing to do")
+
+
+if __name__ == "__main__":
+    run_command(main)
