@@ -1,15 +1,18 @@
 """The command line: Megatron's flags, Trinity's on top, and presets.
 
-What wins, from weakest to strongest: Megatron's defaults, what makes a model a Trinity model, what a
-machine without CUDA needs, the preset, the command line.
+What wins, from weakest to strongest: Megatron's defaults, what makes a model a Trinity model, what
+a machine without CUDA needs, the preset, the command line.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
+
+import torch
 
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.architecture import initializer_sigma, moe_pattern, no_rope_pattern
@@ -19,8 +22,8 @@ from megatron_trinity.validation import validate
 
 EXAMPLE = """example:
   torchrun --nproc-per-node 2 pretrain_trinity.py --preset tiny --expert-model-parallel-size 2 \\
-    --tokenizer-model runs/tokenizer --train-data-path runs/data_train --valid-data-path runs/data_valid \\
-    --train-iters 200 --save runs/checkpoints
+    --tokenizer-model runs/quickstart/tokenizer --train-data-path runs/quickstart/data_train \\
+    --valid-data-path runs/quickstart/data_valid --train-iters 200
 """
 
 TRINITY_DEFAULTS = {
@@ -40,10 +43,15 @@ TRINITY_DEFAULTS = {
     "qk_layernorm": True,
     "swiglu": True,
     "untie_embeddings_and_output_weights": True,
-    # Set from Trinity's flags in `derive_megatron_arguments` unless given.
+    # None until `derive_megatron_arguments` sets them from Trinity's flags.
     "init_method_std": None,
+    "moe_layer_freq": None,
     # What suits it among Megatron's choices.
+    "calculate_per_token_loss": True,  # a mean over tokens does not depend on the micro-batch
     "create_attention_mask_in_dataloader": False,
+    "enable_one_logger": False,  # a service that is not public
+    "eval_interval": 1000,
+    "dist_ckpt_optim_fully_reshardable": True,  # a checkpoint does not depend on the layout
     "log_memory_to_tensorboard": True,
     "log_timers_to_tensorboard": True,
     "moe_token_dispatcher_type": "alltoall",
@@ -74,6 +82,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         sys.argv = saved
     _refuse_overridden(args)
     derive_megatron_arguments(args)
+    if not torch.cuda.is_available():
+        refuse_cuda_only_arguments(args)
     validate(args)
     with refusing("the arguments do not fit together"):
         validate_args(args)
@@ -126,8 +136,8 @@ def add_trinity_arguments(parser: argparse.ArgumentParser) -> set[str]:
 
 def derive_megatron_arguments(args: argparse.Namespace) -> None:
     """Set, in place, the Megatron arguments that follow from Trinity's."""
-    if args.num_layers is not None:
-        every = args.global_attn_every_n_layers
+    every = args.global_attn_every_n_layers
+    if args.num_layers is not None and every > 0:
         args.no_rope_freq = no_rope_pattern(args.num_layers, every)
         args.moe_layer_freq = moe_pattern(args.num_layers, args.num_dense_layers)
         args.window_attn_skip_freq = every
@@ -143,13 +153,12 @@ def derive_megatron_arguments(args: argparse.Namespace) -> None:
 
 
 def _complete_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    import torch
-
     trinity_flags = add_trinity_arguments(parser)
     parser.description = "Train a Trinity model with Megatron-Core."
     parser.epilog = EXAMPLE
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = _usage_error  # type: ignore[method-assign]
+    _mend_help(parser)
     _check_destinations(parser)
     parser.set_defaults(**TRINITY_DEFAULTS)
     if not torch.cuda.is_available():
@@ -158,6 +167,13 @@ def _complete_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     if preset is not None:
         apply_preset(parser, preset, trinity_flags)
     return parser
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    # One of Megatron's help texts has a bare per cent sign, and argparse would fail on it.
+    for action in parser._actions:
+        if action.help:
+            action.help = re.sub(r"%%|%(?!\()", "%%", action.help)
 
 
 def _usage_error(message: str) -> NoReturn:
@@ -181,18 +197,15 @@ def _chosen_preset() -> str | None:
 
 
 def _refuse_overridden(args: argparse.Namespace) -> None:
-    """Refuse Megatron flags whose place a Trinity flag takes, so that none is overridden in silence."""
+    """Refuse Megatron flags whose place a Trinity flag takes: none is overridden in silence."""
     replaced = {
-        "window_size": ("--window-size", None, "--sliding-window"),
-        "window_attn_skip_freq": ("--window-attn-skip-freq", None, "--global-attn-every-n-layers"),
-        "no_rope_freq": ("--no-rope-freq", None, "--global-attn-every-n-layers"),
-        "moe_layer_freq": ("--moe-layer-freq", 1, "--num-dense-layers"),
-        "moe_shared_expert_intermediate_size": (
-            "--moe-shared-expert-intermediate-size",
-            None,
-            "--num-shared-experts",
-        ),
+        "window_size": "--sliding-window",
+        "window_attn_skip_freq": "--global-attn-every-n-layers",
+        "no_rope_freq": "--global-attn-every-n-layers",
+        "moe_layer_freq": "--num-dense-layers",
+        "moe_shared_expert_intermediate_size": "--num-shared-experts",
     }
-    for dest, (flag, default, instead) in replaced.items():
-        if getattr(args, dest) != default:
+    for dest, instead in replaced.items():
+        if getattr(args, dest) is not None:
+            flag = "--" + dest.replace("_", "-")
             raise UsageError(f"{flag} follows from a Trinity flag; use {instead}")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
+
+TRACEBACK = "MEGATRON_TRINITY_TRACEBACK"
+"""Environment variable that, if set, shows the traceback behind an error; for developers."""
 
 RANK_0_FIRST = 5.0
 """Seconds that the other ranks leave to rank 0 to report an error that all of them met."""
@@ -25,6 +29,19 @@ class UsageError(TrinityError):
     """The command line, a preset or the launch does not make sense as given."""
 
     exit_code = 2
+
+
+def root_cause(error: BaseException) -> str:
+    """What went wrong at the bottom of `error`, the innermost of its causes, in one line."""
+    failures = getattr(
+        error, "failures", None
+    )  # of torch's CheckpointException: rank to (error, ...)
+    if failures:
+        return root_cause(next(iter(failures.values()))[0])
+    cause = error.__cause__ or error.__context__
+    if cause is not None:
+        return root_cause(cause)
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def report_error(error: TrinityError) -> None:
@@ -46,6 +63,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except TrinityError as error:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
         report_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

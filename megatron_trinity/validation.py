@@ -41,11 +41,40 @@ def _data_ranks(args: Namespace) -> int:
     return int(args.world_size) // _model_ranks(args)
 
 
+MODEL_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "num_experts",
+)
+PARALLEL_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "no-model",
-        lambda a: a.num_layers is None or a.hidden_size is None or not a.num_experts,
-        "no model is given; use --preset, or --num-layers, --hidden-size, --num-experts and so on",
+        lambda a: any(getattr(a, name) is None for name in MODEL_SIZES),
+        "no model is given; use --preset, or --num-layers, --hidden-size, --num-attention-heads, "
+        "--num-experts and so on",
+    ),
+    Refusal(
+        "parallel-sizes",
+        lambda a: any(
+            size is not None and size < 1 for size in (getattr(a, n) for n in PARALLEL_SIZES)
+        ),
+        "a parallel size is below 1; leave out --tensor-model-parallel-size and the like, or use "
+        "1 or more",
+    ),
+    Refusal(
+        "micro-batch",
+        lambda a: a.micro_batch_size is None or a.micro_batch_size < 1,
+        "--micro-batch-size {micro_batch_size}: use 1 or more",
     ),
     Refusal(
         "no-window",
@@ -65,8 +94,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "dense-layers",
         lambda a: not 0 <= a.num_dense_layers < a.num_layers,
-        "--num-dense-layers {num_dense_layers} of --num-layers {num_layers}: a Trinity model has at "
-        "least one MoE layer",
+        "--num-dense-layers {num_dense_layers} of --num-layers {num_layers}: a Trinity model has "
+        "at least one MoE layer",
     ),
     Refusal(
         "shared-experts",
@@ -76,20 +105,23 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "topk",
         lambda a: not 1 <= a.moe_router_topk <= a.num_experts,
-        "--moe-router-topk {moe_router_topk} of --num-experts {num_experts}: use 1 to {num_experts}",
+        "--moe-router-topk {moe_router_topk} of --num-experts {num_experts}: use 1 to as many",
     ),
     Refusal(
         "model-ranks",
         lambda a: a.world_size % _model_ranks(a) != 0,
-        "{world_size} ranks cannot be split into tensor {tensor_model_parallel_size} x pipeline "
-        "{pipeline_model_parallel_size} x context {context_parallel_size}; start a multiple of their "
-        "product, or lower one of them",
+        "{world_size} ranks cannot be split into --tensor-model-parallel-size "
+        "{tensor_model_parallel_size} x --pipeline-model-parallel-size "
+        "{pipeline_model_parallel_size} x --context-parallel-size {context_parallel_size}; start a "
+        "multiple of their product, or lower one of them",
     ),
     Refusal(
         "expert-ranks",
         lambda a: a.world_size % _expert_ranks(a) != 0,
-        "{world_size} ranks cannot be split into expert {expert_model_parallel_size} x expert-tensor x "
-        "pipeline {pipeline_model_parallel_size}; start a multiple of their product, or lower one",
+        "{world_size} ranks cannot be split into --expert-model-parallel-size "
+        "{expert_model_parallel_size} x --expert-tensor-parallel-size x "
+        "--pipeline-model-parallel-size {pipeline_model_parallel_size}; start a multiple of their "
+        "product, or lower one of them",
     ),
     Refusal(
         "experts-over-ranks",
@@ -113,10 +145,16 @@ REFUSALS: tuple[Refusal, ...] = (
         "{num_query_groups}; use a divisor",
     ),
     Refusal(
+        "tensor-without-sequence",
+        lambda a: a.tensor_model_parallel_size > 1 and not a.sequence_parallel,
+        "--tensor-model-parallel-size {tensor_model_parallel_size}: Megatron trains experts under "
+        "tensor parallelism only with sequence parallelism; use --sequence-parallel as well",
+    ),
+    Refusal(
         "context-parallel",
         lambda a: a.context_parallel_size > 1,
-        "--context-parallel-size {context_parallel_size}: the portable core attention does not split "
-        "sequences over ranks; use 1",
+        "--context-parallel-size {context_parallel_size}: the portable core attention does not "
+        "split sequences over ranks; use 1",
     ),
     Refusal(
         "batch-over-ranks",
@@ -136,7 +174,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "attention-mask",
         lambda a: a.create_attention_mask_in_dataloader,
-        "the core attention takes no mask tensor; leave --no-create-attention-mask-in-dataloader set",
+        "the core attention takes no mask tensor; use --no-create-attention-mask-in-dataloader",
     ),
     Refusal(
         "router",
@@ -145,8 +183,8 @@ REFUSALS: tuple[Refusal, ...] = (
             or not a.moe_router_enable_expert_bias
             or a.moe_router_load_balancing_type not in ("none", ["none"])
         ),
-        "Trinity's router has sigmoid scores, an expert bias and no auxiliary loss of Megatron's; leave "
-        "--moe-router-score-function and --moe-router-load-balancing-type at their defaults",
+        "Trinity's router has sigmoid scores, an expert bias and no auxiliary loss of Megatron's; "
+        "leave --moe-router-score-function and --moe-router-load-balancing-type at their defaults",
     ),
     Refusal(
         "router-extras",
@@ -157,8 +195,8 @@ REFUSALS: tuple[Refusal, ...] = (
             or a.moe_router_fusion
             or a.moe_enable_routing_replay
         ),
-        "Trinity's router drops no tokens and knows no groups, router z-loss, fusion or replay; leave out "
-        "--moe-expert-capacity-factor, --moe-z-loss-coeff, --moe-router-num-groups, "
+        "Trinity's router drops no tokens and knows no groups, router z-loss, fusion or replay; "
+        "leave out --moe-expert-capacity-factor, --moe-z-loss-coeff, --moe-router-num-groups, "
         "--moe-router-fusion and --moe-enable-routing-replay",
     ),
     Refusal(
@@ -180,8 +218,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "other-models",
         lambda a: a.multi_latent_attention or a.mtp_num_layers or a.hybrid_layer_pattern,
-        "latent attention, multi-token prediction and hybrid layers are not part of Trinity; leave out "
-        "--multi-latent-attention, --mtp-num-layers and --hybrid-layer-pattern",
+        "latent attention, multi-token prediction and hybrid layers are not part of Trinity; leave "
+        "out --multi-latent-attention, --mtp-num-layers and --hybrid-layer-pattern",
     ),
 )
 

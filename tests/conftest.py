@@ -10,11 +10,17 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from megatron_trinity.upstream import adapt_megatron
 from tests.distributed.pool import RankPools
 
 # A busy machine makes single examples slow, and a failure has to come back on the next run.
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("repeatable")
+
+
+def pytest_configure() -> None:
+    # Before any test module imports megatron-core, as an entry point does it.
+    adapt_megatron()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ BATCH_FLAGS = (
 
 
 def afmoe_config(**overrides: Any) -> AfmoeConfig:
-    """A configuration that a test runs in milliseconds and that has everything a Trinity model has."""
+    """A configuration that runs in milliseconds and has everything a Trinity model has."""
     sizes: dict[str, Any] = {
         "vocab_size": 160,
         "hidden_size": 64,

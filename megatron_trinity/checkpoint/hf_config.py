@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json` of an AfMoE model, from and to the arguments that describe a Trinity model."""
+"""Hugging Face's `config.json` of an AfMoE model, from and to the arguments of a Trinity model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OLDER_KEYS = {
     "score_func": "sigmoid",
     "topk_group": 1,
 }
-"""Keys that transformers no longer writes. vLLM needs them; without them SGLang routes by softmax."""
+"""Keys that transformers no longer writes; vLLM needs them, and SGLang to route by sigmoid."""
 
 
 def hf_config_from_args(args: Namespace) -> AfmoeConfig:
@@ -73,7 +73,7 @@ def flags_from_hf_config(config: AfmoeConfig) -> list[str]:
 
 
 def config_json(config: AfmoeConfig, dtype: str) -> dict[str, Any]:
-    """What goes into `config.json`: today's keys and the older ones, so that every reader routes alike.
+    """What goes into `config.json`: today's keys and the older ones, for every reader to agree.
 
     Args:
         dtype: dtype of the weights beside it, as torch names it.

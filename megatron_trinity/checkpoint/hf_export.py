@@ -57,14 +57,13 @@ def export_hf(
     if not overwrite:
         refuse_existing([hf], "is not replaced")
     with staging_directory(hf.parent, hf.name) as staging:
-        written = _write_weights(
-            _converted(checkpoint, DTYPES[dtype]), staging, shard_bytes
-        )
-        _write_configs(args, dtype, staging, tokenizer_dir)
+        whole = staging / hf.name
+        whole.mkdir()
+        written = _write_weights(_converted(checkpoint, DTYPES[dtype]), whole, shard_bytes)
+        _write_configs(args, dtype, whole, tokenizer_dir)
         if hf.exists():
-            shutil.rmtree(hf)
-        shutil.move(staging, hf)
-        staging.mkdir()  # for the context to remove
+            hf.rename(staging / "replaced")
+        whole.rename(hf)
     return written
 
 
@@ -85,9 +84,7 @@ def _converted(checkpoint: TorchDistCheckpoint, dtype: torch.dtype) -> Iterator[
         raise TrinityError(f"no rule takes {', '.join(sorted(left))} of {checkpoint.path}")
 
 
-def _write_weights(
-    tensors: Iterator[tuple[str, Tensor]], directory: Path, shard_bytes: int
-) -> int:
+def _write_weights(tensors: Iterator[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> int:
     """Write safetensors files of about `shard_bytes` and their index."""
     shards: list[dict[str, int]] = []  # name to bytes, one mapping a file
     pending: dict[str, Tensor] = {}
@@ -96,6 +93,7 @@ def _write_weights(
         if pending:
             file = directory / f"part-{len(shards)}"
             save_file(pending, file, metadata={"format": "pt"})
+            file.chmod(directory.stat().st_mode & 0o666)  # safetensors lets only the owner read
             shards.append({name: tensor.nbytes for name, tensor in pending.items()})
             pending.clear()
 

@@ -1,7 +1,7 @@
 """Which Hugging Face tensors make up which Trinity tensor: one declarative table.
 
 On the left are canonical names, as a `torch_dist` checkpoint has them; on the right the names of
-transformers' `AfmoeForCausalLM` in the form of one tensor per expert. Every rule can be run both ways.
+transformers' `AfmoeForCausalLM` in the form of one tensor per expert. Every rule runs both ways.
 
 Shapes: h hidden_size, n query heads, g key/value heads, d head_dim, f width of an MLP, E experts.
 """

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_trinity.errors import TrinityError
+from megatron_trinity.errors import TrinityError, root_cause
 
 TRACKER = "latest_checkpointed_iteration.txt"
 OPTIMIZER_PREFIX = "optimizer."
+READ_ERRORS = (Exception, CheckpointException)
+"""Many kinds, from torch, pickle and the file system; torch's own is no subclass of Exception."""
 
 
 class TorchDistCheckpoint:
@@ -42,8 +45,10 @@ class TorchDistCheckpoint:
             common: dict[str, Any] = _quietly(
                 dist_checkpointing.load_common_state_dict, str(self.path)
             )
-        except Exception as error:  # many kinds, from torch, pickle and the file system
-            raise TrinityError(f"{self.path} cannot be read as a checkpoint: {error}") from error
+        except READ_ERRORS as error:
+            raise TrinityError(
+                f"{self.path} cannot be read as a checkpoint: {root_cause(error)}"
+            ) from error
         self.args: Namespace = common["args"]
         self.iteration: int = common["iteration"]
         if not hasattr(self.args, "num_dense_layers"):
@@ -76,8 +81,8 @@ class TorchDistCheckpoint:
                 planner=DefaultLoadPlanner(allow_partial_load=False),
                 no_dist=True,
             )
-        except Exception as error:  # torch wraps what the file system raises
-            raise TrinityError(f"{self.path}: {key} cannot be read: {error}") from error
+        except READ_ERRORS as error:
+            raise TrinityError(f"{self.path}: {key} cannot be read: {root_cause(error)}") from error
         return state[key]
 
 

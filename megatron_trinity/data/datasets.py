@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from megatron.core import parallel_state
@@ -16,16 +17,19 @@ from megatron_trinity.data.indexed import check_indexed_dataset
 from megatron_trinity.errors import UsageError
 
 
-def train_valid_test_datasets(num_samples: Sequence[int | None]) -> tuple[Any, Any, Any]:
-    """Build the three splits; Megatron calls it on every rank.
+def train_valid_test_datasets(
+    num_samples: Sequence[int | None], vp_stage: int | None = None
+) -> tuple[Any, Any, Any]:
+    """Build the three splits; Megatron calls it on every rank, once a virtual stage.
 
     Args:
         num_samples: how many samples of each split the run needs; None for one pass over it.
+        vp_stage: number of the virtual pipeline stage, if there are any.
     """
     args = get_args()
     dataset_type = MockGPTDataset if args.mock_data else GPTDataset
     builder = BlendedMegatronDatasetBuilder(
-        dataset_type, list(num_samples), _this_rank_reads, _dataset_config(args)
+        dataset_type, list(num_samples), partial(_this_rank_reads, vp_stage), _dataset_config(args)
     )
     train, valid, test = builder.build()
     return train, valid, test
@@ -82,7 +86,14 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
     )
 
 
-def _this_rank_reads() -> bool:
-    """Tensor-parallel rank 0 of the first and the last pipeline stage read; `batch` shares it."""
-    ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-    return bool(ends and parallel_state.get_tensor_model_parallel_rank() == 0)
+def pipeline_ends(vp_stage: int | None) -> tuple[bool, bool]:
+    """Whether a stage has the embedding, and whether it has the LM head."""
+    return (
+        parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+    )
+
+
+def _this_rank_reads(vp_stage: int | None) -> bool:
+    """Tensor-parallel rank 0 of the first and the last stage read; `training.batch` shares it."""
+    return any(pipeline_ends(vp_stage)) and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -29,12 +29,12 @@ class TrinityModelBuilder(GPTModelBuilder):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> TrinityModel:
-        """Build one stage; on the CPU and on GPUs its weights are initialised, on meta they are not.
+        """Build one stage, with its initial weights unless it is built on the meta device.
 
         Args:
             pg_collection: this process's groups.
-            pre_process, post_process: whether the stage has the embedding and the LM head; by default
-                as its place in the pipeline says.
+            pre_process, post_process: whether the stage has the embedding and the LM head; by
+                default as its place in the pipeline says.
             vp_stage: number of the virtual stage, if there are any.
         """
         model_config = self._model_config

@@ -21,9 +21,9 @@ TRUNCATION = 3.0
 def initialize_weights(model: MegatronModule, sigma: float, seed: int) -> None:
     """Fill every matrix of `model` from TruncNormal(0, sigma^2; [-3 sigma, 3 sigma]), in place.
 
-    Vectors (norm gains, expert biases) keep the values they were built with; the report's rule is for
-    all other trainable parameters, with no scaling by depth (report, eq. 37-38). Tensors on the meta
-    device have no values to set and are left out.
+    Vectors (norm gains, expert biases) keep the values they were built with; the report's rule is
+    for all other trainable parameters, with no scaling by depth (report, eq. 37-38). Tensors on the
+    meta device have no values to set and are left out.
     """
     with torch.no_grad():
         for shard in model_shards(model):

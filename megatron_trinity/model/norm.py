@@ -6,6 +6,7 @@ Shapes: `[s, b, h]` hidden states, `[s, b, heads, head_dim]` for the norms of qu
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +24,13 @@ class TrinityRMSNorm(nn.Module):
     `AfmoeForCausalLM` keeps it (`_keep_in_fp32_modules`).
     """
 
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float, gain: float = 1.0
-    ) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.full((hidden_size,), gain, dtype=torch.float32))
-        # Under sequence parallelism each rank sees part of the tokens: Megatron sums such gradients.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=torch.float32))
+        # Under sequence parallelism a rank sees part of the tokens, and Megatron sums gradients
+        # that are marked like this.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise `hidden` over its last dimension; same shape and dtype out."""
@@ -38,7 +38,7 @@ class TrinityRMSNorm(nn.Module):
         return normed.to(hidden.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrinityRMSNorm:
-        # Casting to bf16 and back would round the gain, so keep the value and only follow the device.
+        # A cast to bf16 and back would round the gain: keep its value, follow only the device.
         exact = self.weight.detach()
         super()._apply(fn, recurse)
         if self.weight.dtype != torch.float32:
@@ -50,12 +50,12 @@ class PostNormAdd(nn.Module):
     """`residual + RMSNorm(sublayer output)`: the outer half of the sandwich norm.
 
     It takes the place of Megatron's bias-dropout-add, so that one module covers the attention, the
-    dense MLP and the sum of shared and routed experts. Its gain starts at 1/sqrt(L), L the number of
-    transformer layers, the same at every depth (report, eq. 33-35).
+    dense MLP and the sum of shared and routed experts. Its gain starts at 1/sqrt(L), L the number
+    of transformer layers, the same at every depth (report, eq. 33-35).
     """
 
     def __init__(
-        self, config: TransformerConfig, norm: Callable[..., nn.Module] = TrinityRMSNorm
+        self, config: TransformerConfig, norm: Callable[..., Any] = TrinityRMSNorm
     ) -> None:
         super().__init__()
         self.norm = norm(

@@ -22,7 +22,8 @@ def sigmoid_topk(
         expert_bias: `[E]` fp32, added to the scores for the choice alone.
         topk: k.
         route_scale: sum of a token's weights.
-    Returns: weights `[t, E]` fp32, zero where an expert is not chosen, and the choice `[t, E]` bool.
+    Returns: weights `[t, E]` fp32, zero where an expert is not chosen, and the choice `[t, E]`
+    bool.
     """
     scores = torch.sigmoid(logits.float())
     chosen = torch.topk(scores + expert_bias, k=topk, dim=1).indices

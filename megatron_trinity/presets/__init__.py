@@ -1,4 +1,4 @@
-"""Presets: YAML files of two blocks, `megatron:` and `trinity:`, each a mapping of flags to values."""
+"""Presets: YAML files of two blocks, `megatron:` and `trinity:`, each from flags to values."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def load_preset(name_or_path: str) -> dict[str, dict[str, Any]]:
     try:
         preset = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"preset {name_or_path} is not YAML: {' '.join(str(error).split())}")
+        raise UsageError(
+            f"preset {name_or_path} is not YAML: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(preset, dict) or not all(isinstance(b, dict) for b in preset.values()):
         raise UsageError(f"preset {name_or_path} needs two blocks of flags, megatron: and trinity:")
     unknown = sorted(set(preset) - set(BLOCKS))
@@ -83,15 +85,18 @@ def _default(action: argparse.Action, option: str, value: Any, where: str) -> An
         if value is not True:
             raise UsageError(f"{where} is a switch; give true or leave it out")
         return action.const
+    takes_list = action.nargs in ("*", "+")
+    if isinstance(value, dict) or (isinstance(value, list) and not takes_list):
+        raise UsageError(f"{where} cannot be {value!r}; give one value")
     try:
         if isinstance(value, list):
             return [_typed(action, item) for item in value]
         typed = _typed(action, value)
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise UsageError(f"{where} cannot be {value!r}: {error}")
+        raise UsageError(f"{where} cannot be {value!r}: {error}") from error
     if action.choices is not None and typed not in action.choices:
         raise UsageError(f"{where} cannot be {value!r}; choose from {list(action.choices)}")
-    return [typed] if action.nargs in ("*", "+") else typed
+    return [typed] if takes_list else typed
 
 
 def _typed(action: argparse.Action, value: Any) -> Any:

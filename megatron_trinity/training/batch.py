@@ -14,16 +14,23 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_trinity.data.datasets import pipeline_ends
+
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-def next_batch(data_iterator: Iterator[dict[str, Tensor]] | None) -> dict[str, Tensor | None]:
+def next_batch(
+    data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None
+) -> dict[str, Any]:
     """Take a micro-batch from the iterator of tensor-parallel rank 0 and share it with its group.
 
+    Args:
+        data_iterator: gives `tokens`, `labels`, `position_ids` and `loss_mask`; unused elsewhere.
+        vp_stage: number of the virtual pipeline stage, if there are any.
     Returns: `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (fp32), each `[b, s]`; None
     where this pipeline stage has no use for it.
     """
-    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    first, last = pipeline_ends(vp_stage)
     if not (first or last):
         return dict.fromkeys(KEYS)
     args = get_args()

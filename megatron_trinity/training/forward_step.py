@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_trinity.training.batch import next_batch
@@ -21,7 +22,7 @@ def forward_step(
 
     Returns: the stage's output, and the function that makes a loss of it on the last stage.
     """
-    batch = next_batch(data_iterator)
+    batch = next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     output = model(
         batch["tokens"],
         batch["position_ids"],
@@ -38,8 +39,8 @@ def masked_loss(loss_mask: Tensor, token_losses: Tensor) -> Loss:
     Args:
         loss_mask: `[b, s]` fp32, 1 where a token carries loss.
         token_losses: `[b, s]` cross entropy of each token, nats.
-    Returns: the sum, the number of tokens in it (int32), and `lm loss` for the log as (sum, number),
-        which Megatron adds up over the global batch before it divides.
+    Returns: the sum, the number of tokens in it (int32), and `lm loss` for the log as (sum,
+        number), which Megatron adds up over the global batch before it divides.
     """
     mask = loss_mask.reshape(-1).float()
     total = torch.sum(token_losses.reshape(-1).float() * mask)

@@ -15,7 +15,10 @@ from megatron_trinity.data.datasets import check_data, train_valid_test_datasets
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.config import model_config_from_args
 from megatron_trinity.training.forward_step import forward_step
+from megatron_trinity.training.metrics import StepMetrics, tokens_per_step
+from megatron_trinity.training.resume import check_checkpoint
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
+from megatron_trinity.upstream.training_log import extend_training_log
 
 
 def pretrain(argv: Sequence[str] | None = None) -> None:
@@ -30,6 +33,8 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     check_tokenizer_path(args)
     set_global_variables(args)
     settle_vocabulary(args)
+    check_checkpoint(args)
+    extend_training_log(StepMetrics(tokens_per_step))
     megatron_pretrain(
         pretrain_cfg_container_from_args(args, model_config_from_args(args)),
         train_valid_test_datasets,

@@ -31,8 +31,8 @@ def check_tokenizer_path(args: Namespace) -> None:
 def settle_vocabulary(args: Namespace) -> None:
     """Set `vocab_size` (true) and `padded_vocab_size` (the model's), in place.
 
-    The true size is `--vocab-size`, or the tokenizer's where that is not given. The model's is padded
-    so that it divides over tensor-parallel ranks.
+    The true size is `--vocab-size`, or the tokenizer's where that is not given. The model's is
+    padded so that it divides over tensor-parallel ranks.
 
     Raises:
         UsageError: the tokenizer has more entries than the model.

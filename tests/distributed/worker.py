@@ -74,6 +74,8 @@ def _become_a_rank(rank: int, world_size: int, folder: Path) -> None:
     os.close(log)
     faulthandler.register(STACK_SIGNAL, all_threads=True)
 
+    # As in a trainer started by torchrun: data loaders fork their workers.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -39,8 +39,9 @@ ROUNDING = 1e-7  # of the norm of all gradients together
 def random_hf_model(config: AfmoeConfig, dtype: torch.dtype) -> Any:
     """transformers' model with every weight random, norm gains and expert biases as well.
 
-    In bf16 a near tie between experts may go either way in either implementation. There the biases are
-    far apart and the scores close together, so that no choice is a near tie; fp32 covers the others.
+    In bf16 a near tie between experts may go either way in either implementation. There the biases
+    are far apart and the scores close together, so that no choice is a near tie; fp32 covers the
+    others.
     """
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
@@ -116,7 +117,8 @@ def compare(
         config,
     )
     total = torch.stack([gradient.norm() for gradient in reference.values()]).norm()
-    # Where theory says zero (a window of one token leaves queries no choice), both have rounding only.
+    # Where theory says zero (a window of one token leaves queries no choice), both have rounding
+    # only.
     result["gradients"] = {
         name: _relative(
             ((mapped[name] - gradient).norm() - ROUNDING * total).clamp(min=0), gradient

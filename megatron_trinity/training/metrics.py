@@ -1,0 +1,44 @@
+"""What is logged after each step beside the losses: speed and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.training import get_args, get_timers
+
+GIB = 2**30
+
+
+def tokens_per_step() -> int:
+    """Tokens in the current global batch."""
+    tokens: int = get_current_global_batch_size() * get_args().seq_length
+    return tokens
+
+
+class StepMetrics:
+    """Tokens per second over all ranks, and the peak memory of this one.
+
+    Time is that of Megatron's `interval-time`, which stands still while it saves or evaluates.
+    """
+
+    def __init__(self, tokens: Callable[[], int]) -> None:
+        """`tokens` gives the number of tokens of the step that has just ended."""
+        self._tokens = tokens
+        self._elapsed = 0.0  # seconds on the timer when the step began
+
+    def step_ended(self) -> dict[str, float]:
+        """The values of one step."""
+        return {
+            "tokens per second": self._tokens() / (self._interval() - self._elapsed),
+            "peak memory (GiB)": torch.cuda.max_memory_allocated() / GIB,
+        }
+
+    def log_written(self) -> None:
+        """Note where the next step begins; a log line may have set the timer back to zero."""
+        self._elapsed = self._interval()
+
+    def _interval(self) -> float:
+        seconds: float = get_timers()("interval-time").elapsed(reset=False)
+        return seconds

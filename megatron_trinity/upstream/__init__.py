@@ -1,0 +1,19 @@
+"""Every adaptation of megatron-core, in one place.
+
+`adapt_megatron()` is called once by an entry point, before `megatron.training` is imported.
+Importing this package changes nothing. See docs/upstream.md.
+"""
+
+from megatron_trinity.upstream.adapt import adapt_megatron
+from megatron_trinity.upstream.cpu.arguments import (
+    cpu_argument_defaults,
+    refuse_cuda_only_arguments,
+    set_cpu_defaults,
+)
+
+__all__ = [
+    "adapt_megatron",
+    "cpu_argument_defaults",
+    "refuse_cuda_only_arguments",
+    "set_cpu_defaults",
+]

@@ -1,0 +1,44 @@
+"""Applies the adaptations that this process needs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+from megatron_trinity.upstream.adaptations import ADAPTATIONS
+from megatron_trinity.upstream.registry import Adaptation, check_symbols
+from megatron_trinity.upstream.version import check_version, installed_megatron_core
+
+_applied: set[str] = set()
+
+
+def needed_adaptations(
+    cuda_available: bool, adaptations: Sequence[Adaptation] = ADAPTATIONS
+) -> tuple[Adaptation, ...]:
+    """Those of `adaptations` that a process with or without CUDA needs, in order."""
+    return tuple(a for a in adaptations if a.when == "always" or not cuda_available)
+
+
+def adapt_megatron() -> None:
+    """Check the version of megatron-core and make the changes to it that this project needs.
+
+    To be called before `megatron.training` is imported. Calls after the first do nothing.
+
+    Raises:
+        TrinityError: megatron-core is missing, of another version, or lacks a symbol that an
+            adaptation touches.
+    """
+    import torch
+
+    from megatron_trinity.upstream.cpu.jit import importing_uncompiled
+
+    installed = installed_megatron_core()
+    check_version(installed)
+    cuda_available = torch.cuda.is_available()
+    with contextlib.nullcontext() if cuda_available else importing_uncompiled():
+        for adaptation in needed_adaptations(cuda_available):
+            if adaptation.name in _applied:
+                continue
+            check_symbols(adaptation, installed)
+            adaptation.apply()
+            _applied.add(adaptation.name)

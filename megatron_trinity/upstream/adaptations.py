@@ -1,0 +1,243 @@
+"""The table of all adaptations, in the order in which they are applied.
+
+The `apply` of each imports its own module only when it is called: most of them import
+megatron-core, which has to happen after the CPU stand-ins are in place.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from megatron_trinity.upstream.registry import Adaptation
+
+_CORE = "0.19.2"
+
+
+def _install(module: str) -> Callable[[], None]:
+    """A function that calls `install()` of a module of this package."""
+
+    def apply() -> None:
+        importlib.import_module(f"megatron_trinity.upstream.{module}").install()
+
+    return apply
+
+
+ADAPTATIONS: tuple[Adaptation, ...] = (
+    Adaptation(
+        name="quiet",
+        symbols=("warnings.filterwarnings",),
+        reason="messages at each start that a user cannot act on",
+        written_for=_CORE,
+        remove_when="the messages are no longer printed",
+        when="always",
+        apply=_install("quiet"),
+    ),
+    Adaptation(
+        name="cpu-device",
+        symbols=("torch.cuda.current_device", "torch.cuda.Stream", "torch.cuda.nvtx.range_push"),
+        reason="megatron-core calls torch.cuda for devices, streams and events",
+        written_for=_CORE,
+        remove_when="megatron-core has a platform interface with a CPU side",
+        when="without_cuda",
+        apply=_install("cpu.device"),
+    ),
+    Adaptation(
+        name="cpu-placement",
+        symbols=(
+            "torch.utils._device._device_constructors",
+            "torch.Tensor.to",
+            "torch.Tensor.type",
+        ),
+        reason="megatron-core names CUDA devices in tensor constructors",
+        written_for=_CORE,
+        remove_when="megatron-core asks the platform for its device",
+        when="without_cuda",
+        apply=_install("cpu.placement"),
+    ),
+    Adaptation(
+        name="cpu-memory",
+        symbols=("torch.cuda.memory_stats", "torch.cuda.get_device_properties"),
+        reason="memory in the log is that of a CUDA device",
+        written_for=_CORE,
+        remove_when="megatron-core asks a platform interface for memory",
+        when="without_cuda",
+        apply=_install("cpu.memory"),
+    ),
+    Adaptation(
+        name="cpu-jit",
+        symbols=("megatron.core.jit.disable_jit_fuser", "megatron.core.jit.noop_decorator"),
+        reason="fusions are compiled for a GPU",
+        written_for=_CORE,
+        remove_when="jit_fuser does nothing without CUDA",
+        when="without_cuda",
+        apply=_install("cpu.jit"),
+    ),
+    Adaptation(
+        name="cpu-rng",
+        symbols=(
+            "megatron.core.tensor_parallel.random._get_cuda_rng_state",
+            "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+            "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.add",
+            "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork",
+            "megatron.core.tensor_parallel.random.model_parallel_cuda_manual_seed",
+        ),
+        reason="random states are those of the CUDA generator",
+        written_for=_CORE,
+        remove_when="the tracker takes the generator of the platform",
+        when="without_cuda",
+        apply=_install("cpu.rng"),
+    ),
+    Adaptation(
+        name="cpu-moe-dispatch",
+        symbols=("megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",),
+        reason="split sizes computed on the CPU stay tensors, and all_to_all_single refuses them",
+        written_for=_CORE,
+        remove_when="the function converts every tensor if as_numpy is set",
+        when="without_cuda",
+        apply=_install("cpu.moe_dispatch"),
+    ),
+    Adaptation(
+        name="cpu-uneven-collectives",
+        symbols=(
+            "megatron.core.tensor_parallel.mappings._gather_along_first_dim",
+            "megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim",
+        ),
+        reason="gloo gathers and scatters equal parts only",
+        written_for=_CORE,
+        remove_when="gloo takes unequal parts",
+        when="without_cuda",
+        apply=_install("cpu.uneven_collectives"),
+    ),
+    Adaptation(
+        name="cpu-startup",
+        symbols=("megatron.training.initialize.initialize_megatron",),
+        reason="megatron.training refuses to start without CUDA",
+        written_for=_CORE,
+        remove_when="pretrain passes allow_no_cuda",
+        when="without_cuda",
+        apply=_install("cpu.startup"),
+    ),
+    Adaptation(
+        name="checkpoint-tracker",
+        symbols=("megatron.training.checkpointing.maybe_msc",),
+        reason="a full disk leaves the pointer to the newest checkpoint empty",
+        written_for=_CORE,
+        remove_when="the pointer is written beside and renamed",
+        when="always",
+        apply=_install("checkpoint_tracker"),
+    ),
+    Adaptation(
+        name="checkpoint-failures",
+        symbols=(
+            "megatron.training.training.save_checkpoint",
+            "megatron.training.training.load_checkpoint",
+        ),
+        reason="failures to save and load are tracebacks of many ranks",
+        written_for=_CORE,
+        remove_when="checkpointing raises one kind of error for them",
+        when="always",
+        apply=_install("checkpoint_failures"),
+    ),
+    Adaptation(
+        name="float16-fp32-params",
+        symbols=(
+            "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params.state_dict",
+            "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params.sharded_state_dict",
+            "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params.load_state_dict",
+        ),
+        reason="the bf16 optimizer cannot save fp32 parameters of a bf16 model",
+        written_for=_CORE,
+        remove_when="its state dicts count fp32_from_fp32_groups",
+        when="always",
+        apply=_install("float16_fp32_params"),
+    ),
+    Adaptation(
+        name="dataset-helpers",
+        symbols=("megatron.core.datasets.utils.compile_helpers",),
+        reason="the wheel has no makefile to compile what it ships compiled",
+        written_for=_CORE,
+        remove_when="compile_helpers looks whether the module is there",
+        when="always",
+        apply=_install("dataset_helpers"),
+    ),
+    Adaptation(
+        name="distributed-adam-steps",
+        symbols=(
+            "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
+            "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict",
+            "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.load_state_dict",
+            "megatron.core.optimizer.distrib_optimizer"
+            ".DistributedOptimizer._set_main_param_and_optimizer_states",
+        ),
+        reason="torch's Adam has no step counter before its first step, one for all after loading",
+        written_for=_CORE,
+        remove_when="DistributedOptimizer handles the counter of each parameter",
+        when="always",
+        apply=_install("distributed_adam_steps"),
+    ),
+    Adaptation(
+        name="layer-wise-fp32",
+        symbols=(
+            "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer.__init__",
+            "megatron.core.optimizer.layer_wise_optimizer"
+            ".LayerWiseDistributedOptimizer.shard_params",
+            "megatron.core.optimizer.optimizer.FP32Optimizer",
+        ),
+        reason="in fp32 the layer-wise optimizer leaves its torch optimizers without a config",
+        written_for=_CORE,
+        remove_when="LayerWiseDistributedOptimizer wraps in FP32Optimizer",
+        when="always",
+        apply=_install("layer_wise_fp32"),
+    ),
+    Adaptation(
+        name="cpu-layer-wise-gather",
+        symbols=(
+            "megatron.core.optimizer.layer_wise_optimizer"
+            ".LayerWiseDistributedOptimizer.allgather_params",
+            "megatron.core.optimizer.layer_wise_optimizer"
+            ".LayerWiseDistributedOptimizer.broadcast_params",
+        ),
+        reason="gloo gathers only lists of equal sizes",
+        written_for=_CORE,
+        remove_when="the gather pads its lists, or every caller supplies a layout",
+        when="without_cuda",
+        apply=_install("cpu.layer_wise_gather"),
+    ),
+    Adaptation(
+        name="distributed-fp32-load",
+        symbols=(
+            "megatron.core.optimizer.distrib_optimizer"
+            ".DistributedOptimizer.load_parameter_state_from_dp_reshardable",
+        ),
+        reason="an fp32 model's optimizer shards are loaded in place with gradients enabled",
+        written_for=_CORE,
+        remove_when="load_parameter_state_from_dp_reshardable runs under torch.no_grad",
+        when="always",
+        apply=_install("distributed_fp32_load"),
+    ),
+    Adaptation(
+        name="data-loader-rng",
+        symbols=("megatron.training.datasets.data_samplers.build_pretraining_data_loader",),
+        reason="starting a data loader moves the random state that a resumed run has restored",
+        written_for=_CORE,
+        remove_when="data loaders get a generator of their own",
+        when="always",
+        apply=_install("data_loader_rng"),
+    ),
+    Adaptation(
+        name="router-buffers",
+        symbols=(
+            "megatron.core.transformer.moe.router.TopKRouter.__init__",
+            "megatron.core.transformer.moe.router.TopKRouter._maintain_float32_expert_bias",
+            "megatron.core.transformer.moe.moe_utils.get_updated_expert_bias",
+            "megatron.core.distributed.finalize_model_grads._update_router_expert_bias",
+            "megatron.core.transformer.module.Float16Module.__init__",
+        ),
+        reason="a model cast to bf16 rounds the router's token counts and its expert bias",
+        written_for=_CORE,
+        remove_when="counts are integers, and a cast leaves expert_bias in fp32",
+        when="always",
+        apply=_install("router_buffers"),
+    ),
+)

@@ -1,0 +1,70 @@
+"""A checkpoint that cannot be saved or loaded ends the run with one line that says what to do.
+
+Reason: Megatron lets the errors of many threads, processes and ranks through as tracebacks.
+Written for: megatron-core 0.19.2.
+Remove when: its checkpointing raises one kind of error for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException  # no subclass of Exception
+
+from megatron_trinity.errors import TrinityError, root_cause
+
+FULL = 64 * 2**20
+"""Bytes of free disk under which a failed save is put down to the disk."""
+
+
+def what_failed(error: BaseException, directory: str) -> str:
+    """The cause of a failed save: the disk if it is full, since the writer's errors do not say."""
+    free = shutil.disk_usage(directory).free if os.path.isdir(directory) else None
+    if free is not None and free < FULL:
+        return f"the disk of {directory} is full, {free / 1e6:.1f} MB are free"
+    return root_cause(error)
+
+
+def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        try:
+            return original(iteration, *args, **kwargs)
+        except (Exception, CheckpointException) as error:
+            raise TrinityError(
+                f"the checkpoint of iteration {iteration} could not be saved: "
+                f"{what_failed(error, get_args().save)}; mend that and start again, the run goes "
+                "on from the checkpoint before it"
+            ) from error
+
+    return save_checkpoint
+
+
+def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        try:
+            return original(*args, **kwargs)
+        except (Exception, CheckpointException) as error:
+            raise TrinityError(
+                f"the checkpoint under {get_args().load} could not be loaded: {root_cause(error)}; "
+                "name an older one with --ckpt-step"
+            ) from error
+
+    return load_checkpoint
+
+
+def install() -> None:
+    """Wrap the two functions where the training loop calls them."""
+    from megatron.training import training
+
+    training.save_checkpoint = _saving(training.save_checkpoint)
+    training.load_checkpoint = _loading(training.load_checkpoint)

@@ -1,0 +1,27 @@
+"""Start without CUDA.
+
+Reason: `initialize_megatron` refuses to start without CUDA unless its caller says otherwise, and
+`pretrain` does not say so. With tensor parallelism the arguments are refused unless
+CUDA_DEVICE_MAX_CONNECTIONS is 1, which orders kernels on a GPU and means nothing here.
+Written for: megatron-core 0.19.2.
+Remove when: `pretrain` passes `allow_no_cuda`, and the variable is asked for with CUDA only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+
+from megatron.training import initialize
+
+
+def install() -> None:
+    """Make `allow_no_cuda=True` the default of `initialize_megatron`, and set the variable."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    function = initialize.initialize_megatron
+    parameters = inspect.signature(function).parameters.values()
+    function.__defaults__ = tuple(
+        True if p.name == "allow_no_cuda" else p.default
+        for p in parameters
+        if p.default is not inspect.Parameter.empty
+    )

@@ -1,0 +1,87 @@
+"""Errors as the user meets them: exit codes, one line, and which rank speaks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_trinity import errors
+from megatron_trinity.errors import TrinityError, UsageError, report_error, run_command
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    program = (
+        "from megatron_trinity import errors\n"
+        "from megatron_trinity.errors import *\n"
+        "errors.RANK_0_FIRST = 0\n"
+        f"def main():\n    {body}\n"
+        "run_command(main)\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "RANK"}
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**clean, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "stderr"),
+    [
+        ("print('fine')", 0, ""),
+        ("raise TrinityError('the run failed')", 1, "error: the run failed\n"),
+        ("raise UsageError('no such flag')", 2, "error: no such flag\n"),
+        ("raise KeyboardInterrupt", 130, ""),
+    ],
+    ids=["done", "failed", "usage", "interrupted"],
+)
+def test_exit_codes(body: str, code: int, stderr: str) -> None:
+    done = run(body)
+    assert (done.returncode, done.stderr) == (code, stderr)
+    assert done.stdout == ("fine\n" if code == 0 else "")
+
+
+def test_another_rank_says_which_it_is() -> None:
+    done = run("raise UsageError('no such flag')", RANK="3")
+    assert (done.returncode, done.stderr) == (2, "error on rank 3: no such flag\n")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback() -> None:
+    done = run("raise ZeroDivisionError('a bug')")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("ZeroDivisionError: a bug\n")
+
+
+def test_rank_0_does_not_wait_and_the_others_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(errors.time, "sleep", waits.append)
+    for rank, expected in (("0", []), ("1", [errors.RANK_0_FIRST])):
+        waits.clear()
+        monkeypatch.setenv("RANK", rank)
+        report_error(TrinityError("x"))
+        assert waits == expected
+    assert capsys.readouterr().err == "error: x\nerror on rank 1: x\n"
+
+
+def test_run_command_never_returns(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        run_command(lambda: None)
+    assert done.value.code == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_usage_errors_are_trinity_errors() -> None:
+    assert issubclass(UsageError, TrinityError)
+    assert (TrinityError.exit_code, UsageError.exit_code) == (1, 2)

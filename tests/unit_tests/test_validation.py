@@ -1,0 +1,170 @@
+"""The table of refusals: every row has a case, and tells what to do in one line."""
+
+from __future__ import annotations
+
+import copy
+import re
+from argparse import Namespace
+from typing import Any
+
+import pytest
+
+from megatron_trinity.errors import UsageError
+from megatron_trinity.validation import REFUSALS, validate
+from tests.distributed.pool import RankPools
+
+# Row -> what of the tiny preset's arguments differs, one or more ways. Rows that are tested for the
+# boundary have one case on its wrong side each; ACCEPTED has the right side.
+CASES: dict[str, list[dict[str, Any]]] = {
+    "no-model": [
+        {"num_layers": None},
+        {"hidden_size": None},
+        {"num_attention_heads": None},
+        {"num_experts": None},
+    ],
+    "parallel-sizes": [
+        {"tensor_model_parallel_size": 0},
+        {"pipeline_model_parallel_size": -1},
+        {"expert_model_parallel_size": 0},
+        {"expert_tensor_parallel_size": 0},
+    ],
+    "micro-batch": [{"micro_batch_size": None}, {"micro_batch_size": 0}],
+    "no-window": [{"sliding_window": None}],
+    "window-too-small": [{"sliding_window": 0}, {"sliding_window": -1}],
+    "global-every": [{"global_attn_every_n_layers": 0}],
+    "dense-layers": [{"num_dense_layers": 4}, {"num_dense_layers": -1}],
+    "shared-experts": [{"num_shared_experts": -1}],
+    "topk": [{"moe_router_topk": 0}, {"moe_router_topk": 9}],
+    "model-ranks": [
+        {"tensor_model_parallel_size": 2},
+        {"world_size": 6, "pipeline_model_parallel_size": 4},
+    ],
+    "expert-ranks": [
+        {"expert_model_parallel_size": 2},
+        {"world_size": 4, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 2},
+        {"world_size": 6, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": None},
+    ],
+    "experts-over-ranks": [{"world_size": 3, "expert_model_parallel_size": 3}],
+    "tensor-over-groups": [
+        {"world_size": 3, "tensor_model_parallel_size": 3, "expert_tensor_parallel_size": 1}
+    ],
+    "tensor-without-sequence": [{"world_size": 2, "tensor_model_parallel_size": 2}],
+    "heads-over-groups": [{"num_attention_heads": 7}],
+    "context-parallel": [{"world_size": 2, "context_parallel_size": 2}],
+    "batch-over-ranks": [
+        {"global_batch_size": 12},
+        {"world_size": 3, "global_batch_size": 32},
+    ],
+    "packed-documents": [
+        {"reset_attention_mask": True},
+        {"dataloader_inter_document_masking": True},
+    ],
+    "attention-mask": [{"create_attention_mask_in_dataloader": True}],
+    "router": [
+        {"moe_router_score_function": "softmax"},
+        {"moe_router_enable_expert_bias": False},
+        {"moe_router_load_balancing_type": "aux_loss"},
+        {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"]},
+    ],
+    "router-extras": [
+        {"moe_expert_capacity_factor": 1.0},
+        {"moe_z_loss_coeff": 1e-3},
+        {"moe_router_num_groups": 2},
+        {"moe_router_fusion": True},
+        {"moe_enable_routing_replay": True},
+    ],
+    "dropout": [{"attention_dropout": 0.1}, {"hidden_dropout": 0.1}],
+    "mup": [{"use_mup": True}],
+    "checkpoint-args": [{"use_checkpoint_args": True}],
+    "other-models": [
+        {"multi_latent_attention": True},
+        {"mtp_num_layers": 1},
+        {"hybrid_layer_pattern": "M*M*"},
+    ],
+}
+ACCEPTED: dict[str, dict[str, Any]] = {
+    "the preset": {},
+    "a window of one token": {"sliding_window": 1},
+    "every layer global": {"global_attn_every_n_layers": 1},
+    "no dense layer": {"num_dense_layers": 0},
+    "one MoE layer": {"num_dense_layers": 3},
+    "no shared expert": {"num_shared_experts": 0},
+    "top-1": {"moe_router_topk": 1},
+    "every expert": {"moe_router_topk": 8},
+    "tensor parallel": {
+        "world_size": 2,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+    },
+    "more tensor-parallel ranks than groups": {
+        "world_size": 4,
+        "sequence_parallel": True,
+        "tensor_model_parallel_size": 4,
+        "expert_tensor_parallel_size": 1,
+    },
+    "expert parallel": {"world_size": 4, "expert_model_parallel_size": 4},
+    "expert and expert tensor parallel": {
+        "world_size": 4,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 2,
+    },
+    "pipeline": {"world_size": 4, "pipeline_model_parallel_size": 4},
+    "data parallel": {"world_size": 4},
+    "no global batch": {"global_batch_size": None},
+    "no load balancing, as a list": {"moe_router_load_balancing_type": ["none"]},
+}
+
+
+def tiny_arguments(rank: int, world_size: int) -> Namespace:
+    from megatron_trinity.arguments import parse_arguments
+
+    return parse_arguments(["--preset", "tiny", "--train-iters", "10"])
+
+
+@pytest.fixture(scope="module")
+def tiny(ranks: RankPools) -> Namespace:
+    """Parsed by the trainer itself, so that every argument has the name and type it has there."""
+    [args] = ranks.run(tiny_arguments, world_size=1)
+    return args
+
+
+def changed(args: Namespace, changes: dict[str, Any]) -> Namespace:
+    assert changes.keys() <= vars(args).keys(), "no such argument"
+    result = copy.deepcopy(args)
+    vars(result).update(changes)
+    return result
+
+
+def test_every_row_has_a_case() -> None:
+    names = [refusal.name for refusal in REFUSALS]
+    assert len(set(names)) == len(names)
+    assert sorted(CASES) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [(name, changes) for name, cases in CASES.items() for changes in cases],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
+)
+def test_a_row_refuses_its_cases(tiny: Namespace, name: str, changes: dict[str, Any]) -> None:
+    args = changed(tiny, changes)
+    row = next(refusal for refusal in REFUSALS if refusal.name == name)
+    with pytest.raises(UsageError) as refused:
+        validate(args)
+    message = str(refused.value)
+    assert message == row.message.format(**vars(args))
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_names_its_flags_and_a_way_out(tiny: Namespace, name: str) -> None:
+    row = next(refusal for refusal in REFUSALS if refusal.name == name)
+    flags = re.findall(r"--(?:no-)?[a-z][a-z-]+", row.message)
+    assert flags, "the message names no flag"
+    ways_out = ("use ", "leave ", "start ", "give ", "change ", "divide", "need", "at least")
+    assert any(way in row.message for way in ways_out)
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_fits_is_accepted(tiny: Namespace, case: str) -> None:
+    validate(changed(tiny, ACCEPTED[case]))

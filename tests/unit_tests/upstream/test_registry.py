@@ -1,0 +1,211 @@
+"""The table of adaptations against the installed megatron-core."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+import types
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from megatron_trinity.errors import TrinityError
+from megatron_trinity.upstream import adapt_megatron
+from megatron_trinity.upstream.adapt import needed_adaptations
+from megatron_trinity.upstream.adaptations import ADAPTATIONS
+from megatron_trinity.upstream.registry import Adaptation, check_symbols, rebind, resolve
+from megatron_trinity.upstream.version import (
+    OVERRIDE_VARIABLE,
+    SUPPORTED_MEGATRON_CORE,
+    check_version,
+)
+
+# First 16 hex digits of the SHA-256 of each upstream definition, without comments and layout.
+FINGERPRINTS: dict[str, str] = {
+    "megatron.core.datasets.utils.compile_helpers": "56cd7b9f0bbcacc5",
+    "megatron.core.distributed.finalize_model_grads._update_router_expert_bias": "2149b6e055a88616",
+    "megatron.core.jit.disable_jit_fuser": "889bdef27f09559f",
+    "megatron.core.jit.noop_decorator": "b5972480681d1daa",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+    "._set_main_param_and_optimizer_states": "e7f877b9b115dd7e",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+    ".load_parameter_state_from_dp_reshardable": "190c555200b85bbe",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+    ".load_state_dict": "baaafec774fa03ac",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict": "3ff5cd2ddfa86b44",
+    "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
+    ".__init__": "8fc40fbc49a67220",
+    "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
+    ".allgather_params": "8ede7117567c981a",
+    "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
+    ".broadcast_params": "5249ce280677d53b",
+    "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
+    ".shard_params": "6a5df1137a9f29a6",
+    "megatron.core.optimizer.optimizer.FP32Optimizer": "0509587bfed0b68f",
+    "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
+    ".load_state_dict": "9947e25c20ad3e33",
+    "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
+    ".sharded_state_dict": "5f15242f098d172f",
+    "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
+    ".state_dict": "71d95c7e736c95c0",
+    "megatron.core.tensor_parallel.mappings._gather_along_first_dim": "40bbe0d51420ed8b",
+    "megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim": "c97ce4f4cce9cfb2",
+    "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.add": "4c9d73b63c65510c",
+    "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork": "49e52cc7d456d59c",
+    "megatron.core.tensor_parallel.random._get_cuda_rng_state": "f7c4f95a84119644",
+    "megatron.core.tensor_parallel.random._set_cuda_rng_state": "560ed29f5e2b682b",
+    "megatron.core.tensor_parallel.random.model_parallel_cuda_manual_seed": "0c16669b67d95997",
+    "megatron.core.transformer.module.Float16Module.__init__": "dcf4b5bc9a8e99a7",
+    "megatron.core.transformer.moe.moe_utils.get_updated_expert_bias": "8fd8d827398e5b1d",
+    "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu": "94ad1de7fbbbeb87",
+    "megatron.core.transformer.moe.router.TopKRouter.__init__": "449a18532616df11",
+    "megatron.core.transformer.moe.router.TopKRouter"
+    "._maintain_float32_expert_bias": "2646ae9c39232bd3",
+    "megatron.training.datasets.data_samplers.build_pretraining_data_loader": "8e494033f07011b8",
+    "megatron.training.initialize.initialize_megatron": "04880e6a32e735f4",
+}
+
+
+def _definition(symbol: str) -> ast.AST | None:
+    """The syntax tree of an upstream function or class, read from its file: the object in this
+    process may have been replaced by an adaptation. None for a constant.
+    """
+    parts = symbol.split(".")
+    root = Path(str(metadata.distribution("megatron-core").locate_file("")))
+    for cut in range(len(parts), 0, -1):
+        file = root.joinpath(*parts[:cut]).with_suffix(".py")
+        if not file.is_file():
+            continue
+        node: ast.AST = ast.parse(file.read_text())
+        for name in parts[cut:]:
+            found = [
+                child
+                for child in ast.iter_child_nodes(node)
+                if isinstance(child, ast.FunctionDef | ast.ClassDef) and child.name == name
+            ]
+            if not found:
+                return None
+            node = found[-1]
+        return node
+    raise AssertionError(f"no file for {symbol}")
+
+
+def _fingerprint(symbol: str) -> str | None:
+    node = _definition(symbol)
+    return None if node is None else hashlib.sha256(ast.dump(node).encode()).hexdigest()[:16]
+
+
+def _megatron_symbols() -> list[tuple[str, str]]:
+    return [(a.name, s) for a in ADAPTATIONS for s in a.symbols if s.startswith("megatron.")]
+
+
+def _example(**changes: object) -> Adaptation:
+    fields: dict[str, object] = {
+        "name": "example",
+        "symbols": ("megatron.core.utils.divide",),
+        "reason": "r",
+        "written_for": "0.19.2",
+        "remove_when": "w",
+        "when": "always",
+        "apply": lambda: None,
+    }
+    return Adaptation(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("adaptation", ADAPTATIONS, ids=lambda a: a.name)
+def test_every_symbol_resolves(adaptation: Adaptation) -> None:
+    adapt_megatron()
+    check_symbols(adaptation, metadata.version("megatron-core"))
+    assert adaptation.reason
+    assert adaptation.remove_when
+    assert adaptation.written_for == "0.19.2"
+
+
+@pytest.mark.parametrize(("name", "symbol"), _megatron_symbols())
+def test_upstream_definitions_are_the_ones_adapted(name: str, symbol: str) -> None:
+    found = _fingerprint(symbol)
+    if found is None:
+        assert symbol not in FINGERPRINTS
+        return
+    assert FINGERPRINTS.get(symbol) == found, (
+        f"{symbol} is not what adaptation {name!r} was written for: read it again, with the "
+        f"docstring of the adaptation, then record its fingerprint {found!r} here"
+    )
+
+
+def test_no_fingerprint_is_left_over() -> None:
+    assert set(FINGERPRINTS) <= {symbol for _, symbol in _megatron_symbols()}
+
+
+def test_names_are_unique() -> None:
+    names = [a.name for a in ADAPTATIONS]
+    assert len(set(names)) == len(names)
+
+
+def test_with_cuda_no_stand_in_is_installed() -> None:
+    with_cuda = needed_adaptations(cuda_available=True)
+    assert with_cuda
+    assert all(a.when == "always" for a in with_cuda)
+    assert not any(a.name.startswith("cpu-") for a in with_cuda)
+    assert needed_adaptations(cuda_available=False) == ADAPTATIONS
+    assert all(a.when == "without_cuda" for a in ADAPTATIONS if a.name.startswith("cpu-"))
+
+
+def test_missing_symbol_is_named() -> None:
+    gone = _example(symbols=("megatron.core.utils.no_such_function",))
+    with pytest.raises(TrinityError, match=r"'example' touches megatron\.core\.utils\.no_such"):
+        check_symbols(gone, "0.20.0")
+    gone = _example(symbols=("megatron.core.no_such_module.f",))
+    with pytest.raises(TrinityError, match=r"megatron-core 0\.20\.0 no longer has"):
+        check_symbols(gone, "0.20.0")
+
+
+def test_resolve_finds_methods() -> None:
+    assert resolve("pathlib.Path.read_text") is Path.read_text
+    with pytest.raises(AttributeError):
+        resolve("pathlib.Path.no_such_method")
+
+
+def test_rebind_reaches_copies_of_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def original() -> int:
+        return 1
+
+    def replacement() -> int:
+        return 2
+
+    home, importer, stranger = (types.ModuleType(n) for n in ("pkg_x", "pkg_x.sub", "pkg_xy"))
+    for module in (home, importer, stranger):
+        module.function = original  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    rebind(original, replacement, package="pkg_x")
+    assert home.function() == 2
+    assert importer.function() == 2
+    assert stranger.function() == 1
+
+
+def test_supported_version_passes_and_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(OVERRIDE_VARIABLE, raising=False)
+    check_version(SUPPORTED_MEGATRON_CORE)
+    with pytest.raises(TrinityError) as refusal:
+        check_version("0.18.0")
+    for part in ("0.18.0", "0.19.2", "pip install", OVERRIDE_VARIABLE):
+        assert part in str(refusal.value)
+
+
+def test_override_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OVERRIDE_VARIABLE, "1")
+    with pytest.warns(UserWarning, match=r"megatron-core 0\.18\.0 is untested") as warned:
+        check_version("0.18.0")
+    assert len(warned) == 1
+
+
+def test_adapting_twice_changes_nothing() -> None:
+    import torch
+
+    adapt_megatron()
+    zeros, to = torch.zeros, torch.Tensor.to
+    adapt_megatron()
+    assert torch.zeros is zeros
+    assert torch.Tensor.to is to
