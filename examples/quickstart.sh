@@ -14,7 +14,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 run=${RUN:-$root/runs/quickstart}
-ITERATIONS=260
+ITERATIONS=200
 
 # shellcheck source=scripts/environment.sh
 source "$root/scripts/environment.sh"
@@ -31,20 +31,26 @@ step "data"
 python tools/prepare_data.py --source python-stdlib --tokenizer "$run/tokenizer" \
     --output "$run/data"
 
+# Evaluate on as many whole batches as the validation split has: 16 samples of 256 tokens each.
+EVAL_ITERS=$(python -c '
+import json, sys
+tokens = json.load(open(sys.argv[1]))["splits"]["valid"]["tokens"]
+print((tokens - 1) // 256 // 16)' "$run/data.json")
+
 DATA_ARGS=(
     --tokenizer-model "$run/tokenizer"
     --train-data-path "$run/data_train"
     --valid-data-path "$run/data_valid"
     --data-cache-path "$run/cache"
-    --full-validation
     --num-workers 0
 )
 TRAINING_ARGS=(
     --train-iters "$ITERATIONS"
     --lr-warmup-iters 20
-    --lr-wsd-decay-iters 120
-    --eval-interval "$ITERATIONS"
+    --lr-wsd-decay-iters 90
     --expert-model-parallel-size 2
+    --eval-iters "$EVAL_ITERS"
+    --eval-global-batch-size 16
 )
 CHECKPOINT_ARGS=(
     --save "$run/checkpoints"
@@ -67,7 +73,7 @@ train_to() {
     if ! torchrun --nproc-per-node 2 pretrain_trinity.py --preset tiny \
         "${DATA_ARGS[@]}" "${TRAINING_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" "$@" 2>&1 |
         tee -a "$run/training.log" |
-        sed -u -n -E '/iteration +[0-9]+\/|validation loss|saved checkpoint|^error/p'; then
+        sed -u -n -E 's/.*(iteration +[0-9]+\/.*)/\1/p; /validation loss|saved checkpoint|^error/p'; then
         echo "training failed; the end of $run/training.log:" >&2
         tail -n 20 "$run/training.log" >&2
         return 1

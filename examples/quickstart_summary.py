@@ -49,7 +49,9 @@ def generate(hf_dir: Path) -> str:
     """Continue `PROMPT` greedily, with transformers, from the exported directory alone."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(hf_dir)
     model = AutoModelForCausalLM.from_pretrained(hf_dir)
     inputs = tokenizer(PROMPT, return_tensors="pt")

@@ -166,6 +166,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "{micro_batch_size} times the data-parallel ranks; change one of them",
     ),
     Refusal(
+        "full-validation",
+        lambda a: a.full_validation,
+        "--full-validation fails in megatron-core 0.19.2 when there is one validation set; use "
+        "--eval-iters",
+    ),
+    Refusal(
         "packed-documents",
         lambda a: a.reset_attention_mask or a.dataloader_inter_document_masking,
         "documents cannot be masked from each other: the portable core attention would ignore the "

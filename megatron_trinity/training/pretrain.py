@@ -11,7 +11,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.training import pretrain as megatron_pretrain
 
 from megatron_trinity.arguments import parse_arguments
-from megatron_trinity.data.datasets import check_data, train_valid_test_datasets
+from megatron_trinity.data.datasets import check_data, check_token_ids, train_valid_test_datasets
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.config import model_config_from_args
 from megatron_trinity.training.forward_step import forward_step
@@ -33,6 +33,7 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     check_tokenizer_path(args)
     set_global_variables(args)
     settle_vocabulary(args)
+    check_token_ids(args)
     check_checkpoint(args)
     extend_training_log(StepMetrics(tokens_per_step))
     megatron_pretrain(

@@ -17,6 +17,9 @@ from torch.distributed.checkpoint.api import CheckpointException  # no subclass 
 
 from megatron_trinity.errors import TrinityError, root_cause
 
+SCHEDULE = "OptimizerParamScheduler:"
+"""How the errors of Megatron's learning-rate schedule begin."""
+
 FULL = 64 * 2**20
 """Bytes of free disk under which a failed save is put down to the disk."""
 
@@ -54,9 +57,13 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(*args, **kwargs)
         except (Exception, CheckpointException) as error:
+            cause = root_cause(error)
+            remedy = "name an older one with --ckpt-step"
+            if cause.startswith(SCHEDULE):
+                cause = f"its schedule differs from this run's ({cause})"
+                remedy = "take this run's with --override-opt-param-scheduler"
             raise TrinityError(
-                f"the checkpoint under {get_args().load} could not be loaded: {root_cause(error)}; "
-                "name an older one with --ckpt-step"
+                f"the checkpoint under {get_args().load} could not be loaded: {cause}; {remedy}"
             ) from error
 
     return load_checkpoint

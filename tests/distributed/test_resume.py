@@ -65,5 +65,7 @@ def test_resume_is_exact(
         values = logged(tmp_path / "whole-log", tag)
         assert sorted(values) == list(range(1, STEPS + 1))
         assert values == logged(tmp_path / "halves-log", tag)
+    for tag in ("tokens per second", "peak memory (GiB)"):
+        assert all(value > 0 for value in logged(tmp_path / "whole-log", tag).values())
     half = checkpoint_contents(tmp_path / "halves", HALF)
     assert not torch.equal(half["output_layer.weight"], whole["output_layer.weight"])

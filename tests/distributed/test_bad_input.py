@@ -1,0 +1,194 @@
+"""Mistakes and failures that the trainer meets: one clear line, an exit code, nothing lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_trinity.errors import TrinityError
+from tests.distributed.pool import RankPools
+from tests.trainer import (
+    VOCAB_SIZE,
+    checkpoint_contents,
+    run_trainer,
+    training_flags,
+    write_dataset,
+)
+
+Refusal = tuple[int, str]
+
+
+def refusal(rank: int, world_size: int, flags: Sequence[str]) -> Refusal:
+    """Exit code and line of a trainer that refuses or fails."""
+    try:
+        code = run_trainer(rank, world_size, flags)
+    except TrinityError as error:
+        return error.exit_code, str(error)
+    raise AssertionError(f"the trainer ended with {code}")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_dataset(tmp_path / "data_train")
+    return tmp_path / "data_train"
+
+
+def check(result: Refusal, code: int, *words: str) -> None:
+    assert result[0] == code
+    assert "\n" not in result[1]
+    for word in words:
+        assert word in result[1]
+
+
+def run_refused(ranks: RankPools, flags: Sequence[str], world_size: int = 1) -> Refusal:
+    results: list[Refusal] = ranks.run(refusal, flags, world_size=world_size)
+    return results[0]
+
+
+def test_data_that_is_not_there(ranks: RankPools, tmp_path: Path) -> None:
+    flags = training_flags(tmp_path / "nowhere", "--train-iters", "1")
+    check(run_refused(ranks, flags), 1, str(tmp_path / "nowhere.idx"), "prepare_data.py")
+
+
+def test_no_data_at_all(ranks: RankPools, data: Path) -> None:
+    flags = training_flags(data, "--train-iters", "1")
+    for flag in ("--train-data-path", "--valid-data-path"):
+        place = flags.index(flag)
+        del flags[place : place + 2]
+    check(run_refused(ranks, flags), 2, "--train-data-path")
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".bin"])
+def test_a_truncated_dataset(ranks: RankPools, data: Path, suffix: str) -> None:
+    file = Path(f"{data}{suffix}")
+    file.write_bytes(file.read_bytes()[:-7])
+    flags = training_flags(data, "--train-iters", "1")
+    check(run_refused(ranks, flags), 1, str(file), "prepare_data.py")
+
+
+def test_a_corrupt_index(ranks: RankPools, data: Path) -> None:
+    file = Path(f"{data}.idx")
+    file.write_bytes(b"not an index" + file.read_bytes()[12:])
+    flags = training_flags(data, "--train-iters", "1")
+    check(run_refused(ranks, flags), 1, str(file))
+
+
+def test_tokens_that_the_model_has_not(ranks: RankPools, data: Path, tmp_path: Path) -> None:
+    manifest = {"splits": {"train": {"max_token_id": VOCAB_SIZE}}}
+    (tmp_path / "data.json").write_text(json.dumps(manifest))
+    flags = training_flags(data, "--train-iters", "1")
+    check(run_refused(ranks, flags), 2, str(data), f"token {VOCAB_SIZE}")
+
+
+def test_a_preset_of_no_name(ranks: RankPools, data: Path) -> None:
+    flags = training_flags(data, "--train-iters", "1", "--preset", "huge")
+    check(run_refused(ranks, flags), 2, "huge", "tiny")
+
+
+def test_an_unknown_key_in_a_preset(ranks: RankPools, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("megatron:\n  num-layerz: 4\n")
+    flags = training_flags(data, "--train-iters", "1", "--preset", str(tmp_path / "mine.yaml"))
+    check(run_refused(ranks, flags), 2, "num-layerz", "mine.yaml")
+
+
+@pytest.mark.parametrize("flag", ["--tensor-model-parallel-size", "--expert-model-parallel-size"])
+def test_ranks_that_do_not_fit_the_layout(ranks: RankPools, data: Path, flag: str) -> None:
+    flags = training_flags(data, "--train-iters", "1", flag, "4", "--sequence-parallel")
+    check(run_refused(ranks, flags, world_size=2), 2, "2 ranks", flag)
+
+
+def test_a_tokenizer_larger_than_the_model(ranks: RankPools, data: Path, tmp_path: Path) -> None:
+    from megatron_trinity.data.tokenizer import save_tokenizer, train_tokenizer
+
+    (tmp_path / "tokenizer").mkdir()
+    save_tokenizer(train_tokenizer(["some text, some more text"] * 9, 270), tmp_path / "tokenizer")
+    flags = training_flags(
+        data,
+        *("--train-iters", "1", "--tokenizer-type", "HuggingFaceTokenizer"),
+        *("--tokenizer-model", str(tmp_path / "tokenizer")),
+    )
+    check(run_refused(ranks, flags), 2, "the tokenizer has 2", f"the model {VOCAB_SIZE}")
+
+
+def test_a_flag_that_nobody_knows(ranks: RankPools, data: Path) -> None:
+    check(run_refused(ranks, training_flags(data, "--sliding-windows", "3")), 2, "sliding-windows")
+
+
+def test_a_requirement_of_megatrons(ranks: RankPools, data: Path, tmp_path: Path) -> None:
+    flags = training_flags(data, "--train-iters", "1", "--save", str(tmp_path / "run"))
+    check(run_refused(ranks, flags), 2, "--save-interval")
+
+
+def saving_flags(data: Path, run: Path, *flags: str) -> list[str]:
+    return training_flags(
+        data,
+        *("--save", str(run), "--load", str(run), "--save-interval", "1", "--optimizer", "adam"),
+        *("--lr-decay-iters", "9", *flags),
+    )
+
+
+def test_a_checkpoint_of_another_model(ranks: RankPools, data: Path, tmp_path: Path) -> None:
+    flags = saving_flags(data, tmp_path / "run", "--train-iters", "1")
+    assert ranks.run(run_trainer, flags, world_size=1) == [0]
+    before = checkpoint_contents(tmp_path / "run", 1)
+    other = [*flags, "--hidden-size", "32", "--num-experts", "4"]
+    words = ("--hidden-size is 64 there and 32 here", "--num-experts is 8 there and 4 here")
+    check(run_refused(ranks, other), 2, str(tmp_path / "run"), *words)
+    after = checkpoint_contents(tmp_path / "run", 1)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_damaged_checkpoint(ranks: RankPools, data: Path, tmp_path: Path) -> None:
+    flags = saving_flags(data, tmp_path / "run", "--train-iters", "1")
+    assert ranks.run(run_trainer, flags, world_size=1) == [0]
+    part = tmp_path / "run" / "iter_0000001" / "__0_0.distcp"
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    check(run_refused(ranks, flags), 1, str(tmp_path / "run"), "could not be loaded")
+    metadata = part.with_name(".metadata")
+    metadata.write_bytes(metadata.read_bytes()[:100])
+    check(run_refused(ranks, flags), 1, str(part.parent), "cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "full"),
+    # The pointer is rank 0's alone; the launcher would end the others, which wait for it.
+    [(2, "iter_0000002/__1_0.distcp"), (1, ".latest_checkpointed_iteration.txt.new")],
+)
+def test_a_disk_that_fills_up(
+    ranks: RankPools, data: Path, tmp_path: Path, world_size: int, full: str
+) -> None:
+    """Writing to /dev/full fails as on a full disk: in a rank's file, and in the pointer's."""
+    run = tmp_path / "run"
+    flags = saving_flags(data, run, "--train-iters", "2")
+    first = [*flags, "--exit-interval", "1"]
+    assert ranks.run(run_trainer, first, world_size=world_size) == [0] * world_size
+    before = checkpoint_contents(run, 1)
+    blocked = run / full
+    blocked.parent.mkdir(exist_ok=True)
+    blocked.symlink_to("/dev/full")
+
+    result = run_refused(ranks, flags, world_size)
+    check(result, 1, "iteration 2 could not be saved", "goes on from the checkpoint before it")
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "1"
+    after = checkpoint_contents(run, 1)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+    blocked.unlink(missing_ok=True)
+    assert ranks.run(run_trainer, flags, world_size=world_size) == [0] * world_size
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert checkpoint_contents(run, 2).keys() == before.keys()
+
+
+def test_a_schedule_that_has_changed(ranks: RankPools, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = saving_flags(data, run, "--train-iters", "1")
+    assert ranks.run(run_trainer, flags, world_size=1) == [0]
+    longer = [*flags, "--train-iters", "2"]
+    check(run_refused(ranks, longer), 1, "schedule", "--override-opt-param-scheduler")
+    assert ranks.run(run_trainer, [*longer, "--override-opt-param-scheduler"], world_size=1) == [0]
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "2"
