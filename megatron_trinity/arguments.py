@@ -16,6 +16,7 @@ import torch
 
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.architecture import initializer_sigma, moe_pattern, no_rope_pattern
+from megatron_trinity.moe.balancing import RULES, SIGN_DEFAULT, SMEBU_DEFAULTS
 from megatron_trinity.presets import apply_preset, preset_names
 from megatron_trinity.upstream.cpu.arguments import refuse_cuda_only_arguments, set_cpu_defaults
 from megatron_trinity.validation import validate
@@ -34,6 +35,7 @@ TRINITY_DEFAULTS = {
     "group_query_attention": True,
     "hidden_dropout": 0.0,
     "layernorm_epsilon": 1e-5,
+    "moe_router_bias_update_rate": SIGN_DEFAULT,
     "moe_router_dtype": "fp32",
     "moe_router_enable_expert_bias": True,
     "moe_router_load_balancing_type": "none",
@@ -129,6 +131,59 @@ def add_trinity_arguments(parser: argparse.ArgumentParser) -> set[str]:
             action=argparse.BooleanOptionalAction,
             default=True,
             help="multiply token embeddings by sqrt(hidden size) (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--load-balancing",
+            choices=RULES,
+            default="sign",
+            help="how the expert bias follows the load; the sign rule's step is "
+            "--moe-router-bias-update-rate (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--smebu-kappa",
+            type=float,
+            default=SMEBU_DEFAULTS[0],
+            help="clamp (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--smebu-lambda",
+            type=float,
+            default=SMEBU_DEFAULTS[1],
+            help="largest step (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--smebu-beta",
+            type=float,
+            default=SMEBU_DEFAULTS[2],
+            help="momentum (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--seq-aux-loss-coeff",
+            type=float,
+            default=0.0,
+            metavar="ALPHA",
+            help="sequence-wise auxiliary loss (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--z-loss-coeff",
+            type=float,
+            default=0.0,
+            help="weight of the mean squared logsumexp of the LM head (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--z-loss-start-iteration",
+            type=int,
+            default=0,
+            metavar="N",
+            help="iteration from which the z-loss is on (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--alarm-window",
+            type=int,
+            default=100,
+            metavar="STEPS",
+            help="warn when an imbalance or a logit keeps climbing this long (default: "
+            "%(default)s)",
         ),
     ]
     return {option for action in actions for option in action.option_strings}

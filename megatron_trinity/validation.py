@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_trinity.errors import UsageError
+from megatron_trinity.moe.balancing import SIGN_DEFAULT, SMEBU_DEFAULTS
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,41 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
         "Trinity's router has sigmoid scores, an expert bias and no auxiliary loss of Megatron's; "
         "leave --moe-router-score-function and --moe-router-load-balancing-type at their defaults",
+    ),
+    Refusal(
+        "balancing-rates",
+        lambda a: (
+            a.moe_router_bias_update_rate <= 0
+            or a.smebu_kappa <= 0
+            or a.smebu_lambda <= 0
+            or not 0 <= a.smebu_beta < 1
+        ),
+        "--moe-router-bias-update-rate, --smebu-kappa and --smebu-lambda must be above 0 and "
+        "--smebu-beta in [0, 1); use --load-balancing none for a bias that does not move",
+    ),
+    Refusal(
+        "balancing-unused",
+        lambda a: (
+            (a.load_balancing != "sign" and a.moe_router_bias_update_rate != SIGN_DEFAULT)
+            or (
+                a.load_balancing != "smebu"
+                and (a.smebu_kappa, a.smebu_lambda, a.smebu_beta) != SMEBU_DEFAULTS
+            )
+        ),
+        "--load-balancing {load_balancing} would ignore a rate that was given: "
+        "--moe-router-bias-update-rate is of the sign rule, --smebu-kappa, --smebu-lambda and "
+        "--smebu-beta are of smebu; leave it out or choose that rule",
+    ),
+    Refusal(
+        "loss-weights",
+        lambda a: a.seq_aux_loss_coeff < 0 or a.z_loss_coeff < 0 or a.z_loss_start_iteration < 0,
+        "--seq-aux-loss-coeff, --z-loss-coeff and --z-loss-start-iteration cannot be negative; "
+        "use 0 to leave a loss out",
+    ),
+    Refusal(
+        "alarm-window",
+        lambda a: a.alarm_window < 20 or a.alarm_window % 4 != 0,
+        "--alarm-window {alarm_window}: use a multiple of 4, 20 or more",
     ),
     Refusal(
         "router-extras",

@@ -5,6 +5,7 @@ import os
 # Before anything imports torch or NumPy, which read it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,8 @@ settings.load_profile("repeatable")
 
 
 def pytest_configure() -> None:
+    # A shell starts background jobs with Ctrl-C ignored, and tests of it would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Before any test module imports megatron-core, as an entry point does it.
     adapt_megatron()
 

@@ -17,6 +17,7 @@ from megatron_trinity.errors import TrinityError, root_cause
 
 TRACKER = "latest_checkpointed_iteration.txt"
 OPTIMIZER_PREFIX = "optimizer."
+MOMENTUM = ".expert_bias_momentum"
 READ_ERRORS = (Exception, CheckpointException)
 """Many kinds, from torch, pickle and the file system; torch's own is no subclass of Exception."""
 
@@ -28,6 +29,7 @@ class TorchDistCheckpoint:
         path: the iteration's own directory.
         args: the arguments that the run had.
         iteration: optimizer steps that the run had taken.
+        has_momentum: whether it holds SMEBU's momentum, which is state of training alone.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -53,11 +55,13 @@ class TorchDistCheckpoint:
         self.iteration: int = common["iteration"]
         if not hasattr(self.args, "num_dense_layers"):
             raise TrinityError(f"{self.path} is a checkpoint of another model, not of Trinity")
-        self._stored = {
+        tensors = {
             key: entry
             for key, entry in stored.items()
             if isinstance(entry, TensorStorageMetadata) and not key.startswith(OPTIMIZER_PREFIX)
         }
+        self.has_momentum = any(key.endswith(MOMENTUM) for key in tensors)
+        self._stored = {key: tensors[key] for key in tensors if not key.endswith(MOMENTUM)}
 
     def model_keys(self) -> list[str]:
         """Canonical names of the model's tensors, sorted."""

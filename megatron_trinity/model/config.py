@@ -13,6 +13,8 @@ from megatron.training.argument_utils import (
 )
 from megatron.training.models.gpt import GPTModelConfig
 
+from megatron_trinity.moe.balancing import SMEBU_DEFAULTS
+
 
 @dataclass
 class TrinityConfig(TransformerConfig):
@@ -27,6 +29,16 @@ class TrinityConfig(TransformerConfig):
 
     weight_init_seed: int = 1234
     """Seed of the initial weights; the same seed gives the same weights in every layout."""
+
+    load_balancing: str = "sign"
+    """How the expert bias follows the load: smebu, sign or none."""
+
+    smebu_kappa: float = SMEBU_DEFAULTS[0]
+    smebu_lambda: float = SMEBU_DEFAULTS[1]
+    smebu_beta: float = SMEBU_DEFAULTS[2]
+
+    seq_aux_loss_coeff: float = 0.0
+    """alpha of the sequence-wise auxiliary loss (report, eq. 29)."""
 
     def __post_init__(self) -> None:
         self.perform_initialization = False

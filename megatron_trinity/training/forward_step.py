@@ -8,19 +8,28 @@ from typing import Any
 
 import torch
 from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args
 from torch import Tensor
 
+from megatron_trinity.model.loss import Row
 from megatron_trinity.training.batch import next_batch
+from megatron_trinity.training.micro_batches import MicroBatchRecord
 
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 def forward_step(
-    data_iterator: Iterator[dict[str, Tensor]] | None, model: Any, *_: Any
+    data_iterator: Iterator[dict[str, Tensor]] | None,
+    model: Any,
+    *_: Any,
+    record: MicroBatchRecord | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], Loss]]:
     """Run one micro-batch through this rank's part of the model.
 
-    Returns: the stage's output, and the function that makes a loss of it on the last stage.
+    Args:
+        record: where training micro-batches are noted.
+    Returns: the stage's output, and the function that makes a loss of it on the last stage. In
+        evaluation the loss is the cross entropy, and nothing else is reported.
     """
     batch = next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     output = model(
@@ -30,20 +39,62 @@ def forward_step(
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return output, partial(masked_loss, batch["loss_mask"])
+    mask = batch["loss_mask"]
+    if not torch.is_grad_enabled():
+        return output, partial(cross_entropy_loss, mask)
+    return output, partial(masked_loss, mask, z_loss_coeff=current_z_loss_coeff(), record=record)
 
 
-def masked_loss(loss_mask: Tensor, token_losses: Tensor) -> Loss:
-    """Sum the losses of the tokens that carry loss.
+def current_z_loss_coeff() -> float:
+    """The coefficient of the z-loss in the training step that is under way.
+
+    Iterations count as in the log, from 1: Megatron's `curr_iteration`, which it sets before each
+    step and after a resume as well, is the number of those that have ended.
+    """
+    args = get_args()
+    started = args.curr_iteration + 1 >= args.z_loss_start_iteration
+    coefficient: float = args.z_loss_coeff if started else 0.0
+    return coefficient
+
+
+def masked_loss(
+    loss_mask: Tensor,
+    output: Tensor,
+    z_loss_coeff: float = 0.0,
+    record: MicroBatchRecord | None = None,
+) -> Loss:
+    """Sum the training losses of the tokens that carry loss: cross entropy + c * logsumexp^2.
+
+    The second term is the z-loss (the report's, in the form of Liger's `lse_square_scale`).
 
     Args:
         loss_mask: `[b, s]` fp32, 1 where a token carries loss.
-        token_losses: `[b, s]` cross entropy of each token, nats.
-    Returns: the sum, the number of tokens in it (int32), and `lm loss` for the log as (sum,
-        number), which Megatron adds up over the global batch before it divides.
+        output: `[4, b, s]`, rows as in `megatron_trinity.model.loss.Row`.
+        z_loss_coeff: c.
+        record: where the micro-batch is noted.
+    Returns: the sum, the number of tokens in it (int32), and for the log pairs (sum, number of
+        tokens), which Megatron adds up over the global batch before it divides: `lm loss` (cross
+        entropy alone), `mean logit` and, with c above 0, `z loss` (c * logsumexp^2).
     """
-    mask = loss_mask.reshape(-1).float()
-    total = torch.sum(token_losses.reshape(-1).float() * mask)
+    total, tokens, report = cross_entropy_loss(loss_mask, output)
+    lm_loss, count = report["lm loss"]
+    mask = loss_mask.float()
+    if record is not None:
+        largest = output[Row.LARGEST_LOGIT].masked_fill(mask == 0, -torch.inf)
+        record.append(lm_loss, count, largest.max())
+    if z_loss_coeff > 0:
+        z_loss = z_loss_coeff * torch.sum(output[Row.LOG_SUM_EXP].square() * mask)
+        report["z loss"] = torch.stack([z_loss.detach(), count])
+        total = total + z_loss
+    mean_logits = torch.sum(output[Row.MEAN_LOGIT].detach() * mask)
+    report["mean logit"] = torch.stack([mean_logits, count])
+    return total, tokens, report
+
+
+def cross_entropy_loss(loss_mask: Tensor, output: Tensor) -> Loss:
+    """As `masked_loss`, of the cross entropy alone: evaluation's loss."""
+    mask = loss_mask.float()
+    total = torch.sum(output[Row.CROSS_ENTROPY] * mask)
     tokens = mask.sum().to(torch.int32)
     report = torch.stack([total.detach(), tokens.to(total.dtype)])
     return total, tokens, {"lm loss": report}

@@ -23,7 +23,7 @@ class StepMetrics:
     Time is that of Megatron's `interval-time`, which stands still while it saves or evaluates.
     """
 
-    def __init__(self, tokens: Callable[[], int]) -> None:
+    def __init__(self, tokens: Callable[[], int] = tokens_per_step) -> None:
         """`tokens` gives the number of tokens of the step that has just ended."""
         self._tokens = tokens
         self._elapsed = 0.0  # seconds on the timer when the step began

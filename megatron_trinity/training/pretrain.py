@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from megatron.core.enums import ModelType
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -14,11 +15,13 @@ from megatron_trinity.arguments import parse_arguments
 from megatron_trinity.data.datasets import check_data, check_token_ids, train_valid_test_datasets
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.config import model_config_from_args
+from megatron_trinity.training.balance import announce_balance
 from megatron_trinity.training.forward_step import forward_step
-from megatron_trinity.training.metrics import StepMetrics, tokens_per_step
+from megatron_trinity.training.micro_batches import MicroBatchRecord
+from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.resume import check_checkpoint
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
-from megatron_trinity.upstream.training_log import extend_training_log
+from megatron_trinity.upstream.training_hooks import install_training_hooks
 
 
 def pretrain(argv: Sequence[str] | None = None) -> None:
@@ -35,12 +38,15 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     settle_vocabulary(args)
     check_token_ids(args)
     check_checkpoint(args)
-    extend_training_log(StepMetrics(tokens_per_step))
+    record = MicroBatchRecord()
+    install_training_hooks(StepObserver(args, record))
+    model_config = model_config_from_args(args)
+    model_config.pre_wrap_hooks.append(partial(announce_balance, args))
     megatron_pretrain(
-        pretrain_cfg_container_from_args(args, model_config_from_args(args)),
+        pretrain_cfg_container_from_args(args, model_config),
         train_valid_test_datasets,
         ModelType.encoder_or_decoder,
-        forward_step,
+        partial(forward_step, record=record),
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+from megatron.training.utils import warn_rank_0
+
 from megatron_trinity.checkpoint.torch_dist import TRACKER, TorchDistCheckpoint
 from megatron_trinity.errors import UsageError
 
@@ -40,7 +42,8 @@ def check_checkpoint(args: Namespace) -> None:
         directory /= f"iter_{args.ckpt_step:07d}"
     elif not (directory / TRACKER).is_file():
         return
-    saved = TorchDistCheckpoint(directory).args
+    checkpoint = TorchDistCheckpoint(directory)
+    saved = checkpoint.args
     differences = [
         f"--{name.replace('_', '-')} is {getattr(saved, name)} there and {getattr(args, name)} here"
         for name in SHAPE
@@ -50,4 +53,8 @@ def check_checkpoint(args: Namespace) -> None:
         raise UsageError(
             f"the checkpoint under {args.load} is of another model: {'; '.join(differences)}; "
             "give the preset of that run, or another --load"
+        )
+    if args.load_balancing == "smebu" and not checkpoint.has_momentum:
+        warn_rank_0(
+            f"the checkpoint under {args.load} has no momentum of SMEBU; it starts from zero"
         )

@@ -128,6 +128,15 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         apply=_install("checkpoint_tracker"),
     ),
     Adaptation(
+        name="checkpoint-metadata",
+        symbols=("megatron.training.checkpointing._build_sharded_state_dict_metadata",),
+        reason="a checkpoint without SMEBU's momentum could not be loaded by a run that has it",
+        written_for=_CORE,
+        remove_when="modules can add to the metadata of a checkpoint",
+        when="always",
+        apply=_install("checkpoint_metadata"),
+    ),
+    Adaptation(
         name="checkpoint-failures",
         symbols=(
             "megatron.training.training.save_checkpoint",
@@ -224,20 +233,5 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         remove_when="data loaders get a generator of their own",
         when="always",
         apply=_install("data_loader_rng"),
-    ),
-    Adaptation(
-        name="router-buffers",
-        symbols=(
-            "megatron.core.transformer.moe.router.TopKRouter.__init__",
-            "megatron.core.transformer.moe.router.TopKRouter._maintain_float32_expert_bias",
-            "megatron.core.transformer.moe.moe_utils.get_updated_expert_bias",
-            "megatron.core.distributed.finalize_model_grads._update_router_expert_bias",
-            "megatron.core.transformer.module.Float16Module.__init__",
-        ),
-        reason="a model cast to bf16 rounds the router's token counts and its expert bias",
-        written_for=_CORE,
-        remove_when="counts are integers, and a cast leaves expert_bias in fp32",
-        when="always",
-        apply=_install("router_buffers"),
     ),
 )

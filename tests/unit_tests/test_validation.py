@@ -67,6 +67,25 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"moe_router_load_balancing_type": "aux_loss"},
         {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"]},
     ],
+    "balancing-rates": [
+        {"moe_router_bias_update_rate": 0.0},
+        {"smebu_kappa": -2.0},
+        {"smebu_lambda": 0.0},
+        {"smebu_beta": 1.0},
+        {"smebu_beta": -0.1},
+    ],
+    "balancing-unused": [
+        {"load_balancing": "none", "moe_router_bias_update_rate": 0.01},
+        {"load_balancing": "smebu", "moe_router_bias_update_rate": 0.01},
+        {"load_balancing": "sign", "smebu_kappa": 1.0},
+        {"load_balancing": "none", "smebu_beta": 0.9},
+    ],
+    "loss-weights": [
+        {"seq_aux_loss_coeff": -1e-4},
+        {"z_loss_coeff": -1e-6},
+        {"z_loss_start_iteration": -1},
+    ],
+    "alarm-window": [{"alarm_window": 16}, {"alarm_window": 30}],
     "router-extras": [
         {"moe_expert_capacity_factor": 1.0},
         {"moe_z_loss_coeff": 1e-3},
@@ -111,6 +130,8 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     },
     "pipeline": {"world_size": 4, "pipeline_model_parallel_size": 4},
     "data parallel": {"world_size": 4},
+    "SMEBU of one's own": {"load_balancing": "smebu", "smebu_lambda": 1e-3},
+    "a sign rule of one's own": {"moe_router_bias_update_rate": 0.01},
     "no global batch": {"global_batch_size": None},
     "no load balancing, as a list": {"moe_router_load_balancing_type": ["none"]},
 }

@@ -1,11 +1,13 @@
-"""The scale of the embedding, and that nothing else is scaled."""
+"""The scale of the embedding, that nothing else is scaled, and what the model gives for a loss."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from megatron_trinity.model.loss import Row
 from tests.distributed.pool import RankPools
 from tests.trinity import afmoe_config, build, parse
 
@@ -48,3 +50,44 @@ def two_heads(rank: int, world_size: int) -> tuple[bool, bool]:
 
 def test_embedding_and_lm_head_are_two_matrices(ranks: RankPools) -> None:
     assert ranks.run(two_heads, world_size=1) == [(False, False)]
+
+
+def losses(
+    rank: int, world_size: int, dtype: str, true_vocab_size: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `[b, s, v]` (none of them used up), labels, and the output `[4, b, s]` for them."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+    from megatron.core.transformer.module import Float16Module
+
+    flags = ["--tensor-model-parallel-size", str(world_size)]
+    flags += ["--sequence-parallel"] * (world_size > 1) + ["--bf16"] * (dtype == "bf16")
+    model = build(parse(afmoe_config(), flags))
+    if true_vocab_size is not None:
+        model.true_vocab_size = true_vocab_size
+    wrapped = Float16Module(model.config, model) if dtype == "bf16" else model
+    generator = torch.Generator().manual_seed(3)
+    ids, labels = torch.randint(100, (2, 2, LENGTH + 1), generator=generator)
+    positions = torch.arange(LENGTH + 1).expand_as(ids)
+    with torch.no_grad():
+        logits = gather_from_tensor_model_parallel_region(wrapped(ids, positions, None))
+    return logits, labels, wrapped(ids, positions, None, labels=labels).detach()
+
+
+@pytest.mark.parametrize("true_vocab_size", [None, 150])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_output_has_what_a_loss_is_made_of(
+    ranks: RankPools, world_size: int, dtype: str, true_vocab_size: int | None
+) -> None:
+    for logits, labels, output in ranks.run(losses, dtype, true_vocab_size, world_size=world_size):
+        assert output.dtype == torch.float32
+        assert output.shape == (len(Row), *labels.shape)
+        x = logits.double()
+        expected = {
+            Row.CROSS_ENTROPY: cross_entropy(x.mT, labels, reduction="none"),
+            Row.LOG_SUM_EXP: x.logsumexp(-1),
+            Row.LARGEST_LOGIT: x[..., :true_vocab_size].amax(-1),
+            Row.MEAN_LOGIT: x[..., :true_vocab_size].mean(-1),
+        }
+        for row, values in expected.items():
+            torch.testing.assert_close(output[row].double(), values, rtol=1e-6, atol=1e-6)

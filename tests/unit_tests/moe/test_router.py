@@ -149,9 +149,9 @@ def masked_counts(rank: int, world_size: int) -> dict[str, Any]:
     padding[-4:, 1] = True
     result: dict[str, Any] = {}
     for name, mask in (("all", None), ("padded", padding)):
-        router.local_tokens_per_expert.zero_()
+        router.tokens_per_expert.zero_()
         weights, chosen = router.routing(logits, mask)
-        result[name] = (router.local_tokens_per_expert.clone(), weights.detach(), chosen)
+        result[name] = (router.tokens_per_expert.clone(), weights.detach(), chosen)
     result["real"] = ~padding.reshape(-1)
     return result
 
@@ -185,7 +185,7 @@ def buffers_through_evaluation(rank: int, world_size: int) -> dict[str, Any]:
     run_model(trinity.train())
     return {
         "equal": [torch.equal(*pair) for pair in zip(trained, evaluated, strict=True)],
-        "counts": [r.local_tokens_per_expert.sum().item() for r in routers(trinity)],
+        "counts": [r.tokens_per_expert.sum().item() for r in routers(trinity)],
     }
 
 

@@ -21,64 +21,6 @@ def _adapted() -> None:
     adapt_megatron()
 
 
-def _router(num_experts: int = 4) -> Any:
-    """A `TopKRouter` without process groups: only its buffers are of interest."""
-    from megatron.core.transformer.moe.router import TopKRouter
-
-    groups = types.SimpleNamespace(**dict.fromkeys(("tp", "cp", "tp_cp", "tp_dp_cp"), None))
-    config = _config(num_experts)
-    return TopKRouter(config=config, pg_collection=groups)
-
-
-def _config(num_experts: int) -> Any:
-    from megatron.core.transformer import TransformerConfig
-
-    return TransformerConfig(
-        num_layers=1,
-        hidden_size=8,
-        num_attention_heads=2,
-        num_moe_experts=num_experts,
-        moe_router_topk=2,
-        moe_router_score_function="sigmoid",
-        moe_router_enable_expert_bias=True,
-        moe_router_load_balancing_type="none",
-        use_cpu_initialization=True,
-        perform_initialization=False,
-    )
-
-
-def test_router_buffers_survive_a_cast() -> None:
-    router = _router()
-    exact = torch.tensor([0.1, 1e-3, 257.25, -3.0000002])
-    router.expert_bias.copy_(exact)
-    router.bfloat16()
-    assert router.weight.dtype == torch.bfloat16
-    assert router.expert_bias.dtype == torch.float32
-    assert torch.equal(router.expert_bias, exact)
-    assert router.local_tokens_per_expert.dtype == torch.int64
-
-
-def test_token_counts_are_exact_where_bf16_would_round() -> None:
-    router = _router().bfloat16()
-    everyone = torch.ones(1, 4, dtype=torch.bool)
-    router.local_tokens_per_expert.fill_(40_000)
-    for _ in range(3):
-        router._apply_expert_bias(everyone)
-    assert router.local_tokens_per_expert.tolist() == [40_003] * 4
-    with torch.no_grad():
-        router._apply_expert_bias(everyone)
-    assert router.local_tokens_per_expert.tolist() == [40_003] * 4
-
-
-def test_router_moves_to_meta_and_back() -> None:
-    router = _router().to("meta")
-    assert router.expert_bias.is_meta
-    assert router.expert_bias.dtype == torch.float32
-    router.to_empty(device="cpu")
-    assert router.expert_bias.device.type == "cpu"
-    assert router.expert_bias.dtype == torch.float32
-
-
 def _distributed_optimizer(parameter: torch.nn.Parameter) -> Any:
     """A `DistributedOptimizer` of one parameter, without buffers: only its counters are used."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer

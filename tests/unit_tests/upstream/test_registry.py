@@ -24,53 +24,49 @@ from megatron_trinity.upstream.version import (
 
 # First 16 hex digits of the SHA-256 of each upstream definition, without comments and layout.
 FINGERPRINTS: dict[str, str] = {
-    "megatron.core.datasets.utils.compile_helpers": "56cd7b9f0bbcacc5",
-    "megatron.core.distributed.finalize_model_grads._update_router_expert_bias": "2149b6e055a88616",
-    "megatron.core.jit.disable_jit_fuser": "889bdef27f09559f",
-    "megatron.core.jit.noop_decorator": "b5972480681d1daa",
+    "megatron.core.datasets.utils.compile_helpers": "6891d190987884a0",
+    "megatron.core.jit.disable_jit_fuser": "efcf8b826bd9c8d7",
+    "megatron.core.jit.noop_decorator": "ddfdca97985485e3",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
-    "._set_main_param_and_optimizer_states": "e7f877b9b115dd7e",
+    "._set_main_param_and_optimizer_states": "f078300380c9b3e5",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
-    ".load_parameter_state_from_dp_reshardable": "190c555200b85bbe",
+    ".load_parameter_state_from_dp_reshardable": "1aeb4fbdf2793d72",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
-    ".load_state_dict": "baaafec774fa03ac",
-    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict": "3ff5cd2ddfa86b44",
+    ".load_state_dict": "623633566a81bd56",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict": "63da58a721daf861",
     "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
-    ".__init__": "8fc40fbc49a67220",
+    ".__init__": "54e7454cc799c3f3",
     "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
-    ".allgather_params": "8ede7117567c981a",
+    ".allgather_params": "696d6de95a2b8a11",
     "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
-    ".broadcast_params": "5249ce280677d53b",
+    ".broadcast_params": "70cd8f8fd790a413",
     "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
-    ".shard_params": "6a5df1137a9f29a6",
-    "megatron.core.optimizer.optimizer.FP32Optimizer": "0509587bfed0b68f",
+    ".shard_params": "a61772af9bb9d106",
+    "megatron.core.optimizer.optimizer.FP32Optimizer": "d26a9ad72eb1c63b",
     "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
-    ".load_state_dict": "9947e25c20ad3e33",
+    ".load_state_dict": "a803b63b0892ce1b",
     "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
-    ".sharded_state_dict": "5f15242f098d172f",
+    ".sharded_state_dict": "48286ad348ab95e4",
     "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
-    ".state_dict": "71d95c7e736c95c0",
-    "megatron.core.tensor_parallel.mappings._gather_along_first_dim": "40bbe0d51420ed8b",
-    "megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim": "c97ce4f4cce9cfb2",
-    "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.add": "4c9d73b63c65510c",
-    "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork": "49e52cc7d456d59c",
-    "megatron.core.tensor_parallel.random._get_cuda_rng_state": "f7c4f95a84119644",
-    "megatron.core.tensor_parallel.random._set_cuda_rng_state": "560ed29f5e2b682b",
-    "megatron.core.tensor_parallel.random.model_parallel_cuda_manual_seed": "0c16669b67d95997",
-    "megatron.core.transformer.module.Float16Module.__init__": "dcf4b5bc9a8e99a7",
-    "megatron.core.transformer.moe.moe_utils.get_updated_expert_bias": "8fd8d827398e5b1d",
-    "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu": "94ad1de7fbbbeb87",
-    "megatron.core.transformer.moe.router.TopKRouter.__init__": "449a18532616df11",
-    "megatron.core.transformer.moe.router.TopKRouter"
-    "._maintain_float32_expert_bias": "2646ae9c39232bd3",
-    "megatron.training.datasets.data_samplers.build_pretraining_data_loader": "8e494033f07011b8",
-    "megatron.training.initialize.initialize_megatron": "04880e6a32e735f4",
+    ".state_dict": "6012401affabbd50",
+    "megatron.core.tensor_parallel.mappings._gather_along_first_dim": "9ca7b839235cfbc3",
+    "megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim": "f85c2232842ad481",
+    "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.add": "8da82893ff102dd6",
+    "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork": "98066488ba7ec53a",
+    "megatron.core.tensor_parallel.random._get_cuda_rng_state": "de1366f01102a03f",
+    "megatron.core.tensor_parallel.random._set_cuda_rng_state": "5a49a6e91b14818e",
+    "megatron.core.tensor_parallel.random.model_parallel_cuda_manual_seed": "40faa191065121d1",
+    "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu": "d48cb2407326de4b",
+    "megatron.training.checkpointing._build_sharded_state_dict_metadata": "2dce8ee48675ed63",
+    "megatron.training.datasets.data_samplers.build_pretraining_data_loader": "b6568c175ebdb18c",
+    "megatron.training.initialize.initialize_megatron": "8fe56d11efb14104",
 }
 
 
-def _definition(symbol: str) -> ast.AST | None:
-    """The syntax tree of an upstream function or class, read from its file: the object in this
-    process may have been replaced by an adaptation. None for a constant.
+def _definition(symbol: str) -> str | None:
+    """Source of the function or class that `symbol` names; None if it is a variable.
+
+    From the installed file, since the object in this process may have been replaced.
     """
     parts = symbol.split(".")
     root = Path(str(metadata.distribution("megatron-core").locate_file("")))
@@ -78,7 +74,8 @@ def _definition(symbol: str) -> ast.AST | None:
         file = root.joinpath(*parts[:cut]).with_suffix(".py")
         if not file.is_file():
             continue
-        node: ast.AST = ast.parse(file.read_text())
+        source = file.read_text()
+        node: ast.AST = ast.parse(source)
         for name in parts[cut:]:
             found = [
                 child
@@ -88,13 +85,17 @@ def _definition(symbol: str) -> ast.AST | None:
             if not found:
                 return None
             node = found[-1]
-        return node
+        return ast.get_source_segment(source, node)
     raise AssertionError(f"no file for {symbol}")
 
 
 def _fingerprint(symbol: str) -> str | None:
-    node = _definition(symbol)
-    return None if node is None else hashlib.sha256(ast.dump(node).encode()).hexdigest()[:16]
+    source = _definition(symbol)
+    if source is None:
+        return None
+    lines = [line.strip() for line in source.splitlines()]
+    text = "\n".join(line for line in lines if line and not line.startswith("#"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _megatron_symbols() -> list[tuple[str, str]]:

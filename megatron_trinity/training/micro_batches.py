@@ -1,0 +1,85 @@
+"""What is worth knowing of single micro-batches: how much their losses differ, the largest logit.
+
+Sums over the global batch are Megatron's to make. A maximum is not, so the loss function notes
+here what it saw of each micro-batch, and the ranks put it together when the step has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+
+class MicroBatchRecord:
+    """The micro-batches of one training step, on ranks that compute a loss.
+
+    State of a step: it is saved nowhere. Values stay on the device until `reduce`.
+    """
+
+    def __init__(self, micro_batches: Callable[[], int] = get_num_microbatches) -> None:
+        """`micro_batches` gives the number of micro-batches that this rank has in a step."""
+        self._micro_batches = micro_batches
+        self._rows: list[Tensor] = []
+
+    def append(self, loss_sum: Tensor, tokens: Tensor, largest_logit: Tensor) -> None:
+        """Note one micro-batch, or this rank's part of its sequence.
+
+        Args:
+            loss_sum: summed lm loss of the tokens with loss, nats.
+            tokens: their number.
+            largest_logit: over these tokens; -inf if there are none.
+        """
+        if len(self._rows) >= self._micro_batches():
+            # The step was started anew (Megatron's re-run state machine), or nobody reduced it.
+            self._rows.clear()
+        row = torch.stack([value.detach().double() for value in (loss_sum, tokens, largest_logit)])
+        self._rows.append(row)
+
+    def reduce(self, groups: ProcessGroupCollection | None = None) -> dict[str, float]:
+        """The values of the step over the whole global batch; clears the record.
+
+        `batch heterogeneity` is max_i L_i - mean_i L_i, where L_i is the mean lm loss of
+        micro-batch i (report, eq. 40). Micro-batches without a token that carries loss are left
+        out. `max logit` is over all tokens with loss.
+
+        Collective over the data- and context-parallel ranks of the last pipeline stage. Ranks of
+        other stages have no record: they wait for nobody and get an empty dictionary, as everyone
+        does if no token at all carried loss.
+
+        Args:
+            groups: with `cp`, `dp` and `dp_cp`; by default those that Megatron has initialized.
+        """
+        if not self._rows:
+            return {}
+        sums, tokens, largest = torch.stack(self._rows, dim=1)
+        self._rows.clear()
+        if groups is None:
+            groups = ProcessGroupCollection.use_mpu_process_groups(["cp", "dp", "dp_cp"])
+
+        of_sequence = torch.stack([sums, tokens])
+        _all_reduce(of_sequence, dist.ReduceOp.SUM, groups.cp)
+        sums, tokens = of_sequence[:, of_sequence[1] > 0]
+        losses = sums / tokens
+
+        lowest = losses.new_full((1,), -torch.inf)
+        maxima = torch.stack([torch.cat([losses, lowest]).max(), largest.max()])
+        _all_reduce(maxima, dist.ReduceOp.MAX, groups.dp_cp)
+        totals = torch.stack([losses.sum(), losses.new_tensor(losses.numel())])
+        _all_reduce(totals, dist.ReduceOp.SUM, groups.dp)
+
+        highest_loss, max_logit, loss_sum, number = torch.cat([maxima, totals]).tolist()
+        if not number:
+            return {}
+        return {"batch heterogeneity": highest_loss - loss_sum / number, "max logit": max_logit}
+
+
+def _all_reduce(
+    values: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup
+) -> None:
+    if group.size() > 1:
+        dist.all_reduce(values, operation, group)

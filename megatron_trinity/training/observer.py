@@ -1,0 +1,85 @@
+"""Behind every optimizer step: balance the experts, and say what is worth knowing of the step."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.training import get_tensorboard_writer, get_wandb_writer
+from megatron.training.utils import print_rank_last
+
+from megatron_trinity.moe.metrics import by_layer, load_metrics, summary
+from megatron_trinity.training.alarm import Alarms
+from megatron_trinity.training.balance import StepBalance, balance_experts
+from megatron_trinity.training.metrics import StepMetrics
+from megatron_trinity.training.micro_batches import MicroBatchRecord
+
+
+class StepObserver:
+    """The trainer's `TrainingHooks`.
+
+    Speed, memory and losses go into Megatron's own log line. That line leaves out what is negative,
+    so the values that watch balance and stability have a line of their own beneath it, averaged
+    over the same steps.
+    """
+
+    def __init__(self, args: Namespace, record: MicroBatchRecord) -> None:
+        """`record` is the one that the loss function writes to."""
+        self._args = args
+        self._record = record
+        self._speed = StepMetrics()
+        self._alarms = Alarms(args.alarm_window)
+        self._sequence_loss: dict[str, float] = {}
+        self._interval: list[Mapping[str, float]] = []
+
+    def step_ended(self, model: Sequence[Any], applied: bool) -> None:
+        """Balance the experts, gather, write, and watch."""
+        balance = balance_experts(model, self._args.num_layers, applied)
+        metrics = load_metrics(balance.counts, balance.bias)
+        layers = by_layer(metrics, balance.layers)
+        values = {**self._record.reduce(), **summary(metrics)}
+        if self._args.seq_aux_loss_coeff:
+            self._sequence_loss = {"sequence loss": self._mean_sequence_loss(balance)}
+        self._interval.append(values)
+        self._write({**values, **layers})
+        watched = {name: v for name, v in layers.items() if name.startswith("max violation")}
+        watched |= {name: v for name, v in values.items() if name == "max logit"}
+        for warning in self._alarms.update(self._iteration, watched):
+            print_rank_last(f"WARNING: {warning}")
+
+    def values(self) -> Mapping[str, float]:
+        """What goes into Megatron's line."""
+        return {**self._sequence_loss, **self._speed.step_ended()}
+
+    def log_written(self) -> None:
+        """Write the line beneath Megatron's, where it has written one."""
+        self._speed.log_written()
+        if self._iteration % self._args.log_interval == 0:
+            print_rank_last(balance_line(self._iteration, self._interval))
+            self._interval.clear()
+
+    @property
+    def _iteration(self) -> int:
+        """Number of the step that has just ended, from 1."""
+        return int(self._args.curr_iteration) + 1
+
+    def _mean_sequence_loss(self, balance: StepBalance) -> float:
+        total = balance.sequence_losses.sum().item()
+        return float(self._args.seq_aux_loss_coeff * total / get_current_global_batch_size())
+
+    def _write(self, values: Mapping[str, float]) -> None:
+        tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
+        if tensorboard and self._iteration % self._args.tensorboard_log_interval == 0:
+            for name, value in values.items():
+                tensorboard.add_scalar(name, value, self._iteration)
+        if wandb:
+            wandb.log(dict(values), self._iteration)
+
+
+def balance_line(iteration: int, steps: Sequence[Mapping[str, float]]) -> str:
+    """One line with the mean over `steps` of each of their values."""
+    means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[-1]}
+    fields = " | ".join(f"{name}: {value:.4g}" for name, value in means.items())
+    return f" balance   {iteration:8d} | {fields} |"

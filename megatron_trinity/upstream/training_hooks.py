@@ -1,0 +1,69 @@
+"""What Megatron's training loop calls after every step, and more values in its log.
+
+Reason: the loop has no hook behind an optimizer step, where it is known whether the step was
+applied; and `training_log` prints and writes only what the loss function reported.
+Written for: megatron-core 0.19.2.
+Remove when: the loop takes callbacks, and metrics from the outside.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+
+class TrainingHooks(Protocol):
+    """What `install_training_hooks` calls, on every rank."""
+
+    def step_ended(self, model: Sequence[Any], applied: bool) -> None:
+        """After each optimizer step; `applied` is false if it was skipped (overflow, NaN).
+
+        `model` has this rank's model chunks.
+        """
+
+    def values(self) -> Mapping[str, float]:
+        """Values of the step that has just ended, by their names in the log."""
+
+    def log_written(self) -> None:
+        """Told when Megatron has logged the step, and started its interval timer anew if due."""
+
+
+def install_training_hooks(hooks: TrainingHooks) -> None:
+    """Call `hooks` from now on, in the place of those of an earlier call.
+
+    Values are averaged over the steps between two log lines, as losses are. Ranks that know no loss
+    (all but those of the last pipeline stage) log nothing, as before.
+    """
+    from megatron.training import training
+
+    train_step = inspect.unwrap(training.train_step)
+    training_log = inspect.unwrap(training.training_log)
+
+    @functools.wraps(train_step)
+    def step_then_hook(
+        forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = train_step(forward_step_func, data_iterator, model, *args, **kwargs)
+        _, skipped, *_ = result
+        hooks.step_ended(model, applied=not skipped)
+        return result
+
+    @functools.wraps(training_log)
+    def log_with_values(loss_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        values = hooks.values()
+        if loss_dict:
+            tensors = {
+                name: torch.tensor([value], dtype=torch.float32, device=torch.cuda.current_device())
+                for name, value in values.items()
+            }
+            loss_dict = {**loss_dict, **tensors}
+        result = training_log(loss_dict, *args, **kwargs)
+        hooks.log_written()
+        return result
+
+    training.train_step = step_then_hook
+    training.training_log = log_with_values

@@ -1,0 +1,70 @@
+"""Batch heterogeneity and the largest logit over a global batch, against the report's eq. 40."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.pool import RankPools
+
+# Of 8 micro-batches, each in two parts as context parallelism would cut it: sum of losses, tokens,
+# largest logit.
+RNG = np.random.default_rng(5)
+TOKENS = RNG.integers(1, 60, size=(8, 2))
+TOKENS[3] = 0  # no token in it carries loss
+TOKENS[5, 0] = 0  # none in its first part
+LOSSES = np.where(TOKENS, TOKENS * RNG.uniform(1.0, 4.0, size=(8, 2)), 0.0)
+LOGITS = np.where(TOKENS, RNG.normal(10.0, 3.0, size=(8, 2)), -np.inf)
+
+
+def expected() -> dict[str, float]:
+    whole = TOKENS.sum(axis=1) > 0
+    means = LOSSES.sum(axis=1)[whole] / TOKENS.sum(axis=1)[whole]
+    return {"batch heterogeneity": means.max() - means.mean(), "max logit": LOGITS.max()}
+
+
+def reduce(
+    rank: int, world_size: int, pipeline: int, context: int, empty: bool = False
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The values of a step, and those of a step that saw nothing, straight after it."""
+    from megatron.core import parallel_state
+
+    from megatron_trinity.training.micro_batches import MicroBatchRecord
+
+    parallel_state.initialize_model_parallel(
+        pipeline_model_parallel_size=pipeline, context_parallel_size=context
+    )
+    data_ranks = parallel_state.get_data_parallel_world_size()
+    mine = range(len(TOKENS))[parallel_state.get_data_parallel_rank() :: data_ranks]
+    record = MicroBatchRecord(lambda: len(mine))
+    if parallel_state.is_pipeline_last_stage():
+        part = parallel_state.get_context_parallel_rank()
+        # As if the step had been started anew by Megatron's re-run state machine.
+        for i in (*mine, *mine):
+            part_of = slice(None) if context == 1 else part
+            loss, tokens, logit = LOSSES[i, part_of], TOKENS[i, part_of], LOGITS[i, part_of]
+            record.append(
+                torch.tensor(loss.sum() * (not empty), dtype=torch.float32),
+                torch.tensor(tokens.sum() * (not empty)),
+                torch.tensor(-np.inf if empty else logit.max(), dtype=torch.float32),
+            )
+    return record.reduce(), record.reduce()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "pipeline", "context"),
+    [(1, 1, 1), (2, 1, 1), (2, 1, 2), (4, 1, 2), (4, 2, 1), (4, 2, 2), (4, 1, 1)],
+)
+def test_values_of_a_step(ranks: RankPools, world_size: int, pipeline: int, context: int) -> None:
+    results = ranks.run(reduce, pipeline, context, world_size=world_size)
+    last_stage = results[world_size - world_size // pipeline :]
+    assert all(first == {} for first, _ in results[: world_size - len(last_stage)])
+    for values, again in last_stage:
+        assert values == pytest.approx(expected(), rel=1e-6, abs=0)
+        assert again == {}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_nothing_to_say_of_a_step_without_tokens(ranks: RankPools, world_size: int) -> None:
+    assert ranks.run(reduce, 1, 1, True, world_size=world_size) == [({}, {})] * world_size
