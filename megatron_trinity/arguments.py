@@ -18,7 +18,7 @@ from megatron_trinity.errors import UsageError
 from megatron_trinity.model.architecture import initializer_sigma, moe_pattern, no_rope_pattern
 from megatron_trinity.moe.balancing import RULES, SIGN_DEFAULT, SMEBU_DEFAULTS
 from megatron_trinity.presets import apply_preset, preset_names
-from megatron_trinity.upstream.cpu.arguments import refuse_cuda_only_arguments, set_cpu_defaults
+from megatron_trinity.upstream import refuse_cuda_only_arguments, set_cpu_defaults
 from megatron_trinity.validation import validate
 
 EXAMPLE = """example:

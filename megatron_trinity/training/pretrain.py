@@ -21,7 +21,7 @@ from megatron_trinity.training.micro_batches import MicroBatchRecord
 from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.resume import check_checkpoint
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
-from megatron_trinity.upstream.training_hooks import install_training_hooks
+from megatron_trinity.upstream.training_hooks import set_training_hooks
 
 
 def pretrain(argv: Sequence[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     check_token_ids(args)
     check_checkpoint(args)
     record = MicroBatchRecord()
-    install_training_hooks(StepObserver(args, record))
+    set_training_hooks(StepObserver(args, record))
     model_config = model_config_from_args(args)
     model_config.pre_wrap_hooks.append(partial(announce_balance, args))
     megatron_pretrain(

@@ -119,6 +119,18 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         apply=_install("cpu.startup"),
     ),
     Adaptation(
+        name="training-hooks",
+        symbols=(
+            "megatron.training.training.train_step",
+            "megatron.training.training.training_log",
+        ),
+        reason="the training loop has no hook behind a step, and its log takes no values",
+        written_for=_CORE,
+        remove_when="the loop takes callbacks, and metrics from the outside",
+        when="always",
+        apply=_install("training_hooks"),
+    ),
+    Adaptation(
         name="checkpoint-tracker",
         symbols=("megatron.training.checkpointing.maybe_msc",),
         reason="a full disk leaves the pointer to the newest checkpoint empty",

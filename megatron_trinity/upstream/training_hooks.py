@@ -9,15 +9,14 @@ Remove when: the loop takes callbacks, and metrics from the outside.
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 
 class TrainingHooks(Protocol):
-    """What `install_training_hooks` calls, on every rank."""
+    """What the training loop calls, on every rank."""
 
     def step_ended(self, model: Sequence[Any], applied: bool) -> None:
         """After each optimizer step; `applied` is false if it was skipped (overflow, NaN).
@@ -32,38 +31,56 @@ class TrainingHooks(Protocol):
         """Told when Megatron has logged the step, and started its interval timer anew if due."""
 
 
-def install_training_hooks(hooks: TrainingHooks) -> None:
-    """Call `hooks` from now on, in the place of those of an earlier call.
+_hooks: TrainingHooks | None = None
+
+
+def set_training_hooks(hooks: TrainingHooks) -> None:
+    """Call `hooks` from now on, in the place of those that were set before.
 
     Values are averaged over the steps between two log lines, as losses are. Ranks that know no loss
     (all but those of the last pipeline stage) log nothing, as before.
     """
+    global _hooks
+    _hooks = hooks
+
+
+def install() -> None:
+    """Make the loop call what `set_training_hooks` has set, if anything."""
     from megatron.training import training
 
-    train_step = inspect.unwrap(training.train_step)
-    training_log = inspect.unwrap(training.training_log)
+    training.train_step = _with_hook(training.train_step)
+    training.training_log = _with_values(training.training_log)
 
+
+def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(train_step)
     def step_then_hook(
         forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
     ) -> Any:
         result = train_step(forward_step_func, data_iterator, model, *args, **kwargs)
-        _, skipped, *_ = result
-        hooks.step_ended(model, applied=not skipped)
+        if _hooks is not None:
+            _, skipped, *_ = result
+            _hooks.step_ended(model, applied=not skipped)
         return result
 
+    return step_then_hook
+
+
+def _with_values(training_log: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(training_log)
     def log_with_values(loss_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        values = hooks.values()
+        if _hooks is None:
+            return training_log(loss_dict, *args, **kwargs)
+        values = _hooks.values()
         if loss_dict:
+            device = torch.cuda.current_device()
             tensors = {
-                name: torch.tensor([value], dtype=torch.float32, device=torch.cuda.current_device())
+                name: torch.tensor([value], dtype=torch.float32, device=device)
                 for name, value in values.items()
             }
             loss_dict = {**loss_dict, **tensors}
         result = training_log(loss_dict, *args, **kwargs)
-        hooks.log_written()
+        _hooks.log_written()
         return result
 
-    training.train_step = step_then_hook
-    training.training_log = log_with_values
+    return log_with_values
