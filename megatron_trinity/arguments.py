@@ -175,7 +175,7 @@ def add_trinity_arguments(parser: argparse.ArgumentParser) -> set[str]:
             type=int,
             default=0,
             metavar="N",
-            help="iteration from which the z-loss is on (default: %(default)s)",
+            help="iteration, as in the log, from which the z-loss is on (default: %(default)s)",
         ),
         group.add_argument(
             "--alarm-window",

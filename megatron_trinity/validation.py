@@ -167,6 +167,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "{micro_batch_size} times the data-parallel ranks; change one of them",
     ),
     Refusal(
+        "loss-fusion",
+        lambda a: a.cross_entropy_loss_fusion,
+        "--cross-entropy-loss-fusion would change nothing: Trinity's loss has its own pass over "
+        "the logits; leave it out",
+    ),
+    Refusal(
         "full-validation",
         lambda a: a.full_validation,
         "--full-validation fails in megatron-core 0.19.2 when there is one validation set; use "

@@ -54,6 +54,7 @@ class TrinityModelBuilder(GPTModelBuilder):
                 config, _backend(config), vp_stage, pg_collection.pp.rank()
             ),
             vocab_size=model_config.vocab_size,
+            true_vocab_size=model_config.true_vocab_size,
             max_sequence_length=model_config.seq_length,
             pre_process=pre_process,
             post_process=post_process,

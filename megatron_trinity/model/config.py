@@ -51,6 +51,9 @@ class TrinityModelConfig(GPTModelConfig):
 
     builder: ClassVar[str] = "megatron_trinity.model.builder.TrinityModelBuilder"
 
+    true_vocab_size: int | None = None
+    """Tokens without the padding that makes `vocab_size` divide over ranks; None: no padding."""
+
 
 def model_config_from_args(args: Namespace) -> TrinityModelConfig:
     """The model that parsed and validated arguments describe."""
@@ -58,4 +61,5 @@ def model_config_from_args(args: Namespace) -> TrinityModelConfig:
     model_config: TrinityModelConfig = gpt_config_from_args(
         args, config=config, model_config_cls=TrinityModelConfig
     )
+    model_config.true_vocab_size = args.vocab_size
     return model_config

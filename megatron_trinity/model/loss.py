@@ -48,10 +48,10 @@ def vocab_parallel_cross_entropy(
 ) -> TokenLosses:
     """Cross entropy, logsumexp, largest and mean logit of each token, without gathering logits.
 
-    Rows that pad the vocabulary count in the cross entropy and in the logsumexp, since Megatron
-    trains them as ordinary logits: the cross entropy is that of its function, to the last bit but
-    for the order in which a backend adds up ranks. The largest and the mean logit are over the true
-    vocabulary alone.
+    Everything is over the true vocabulary. How much it is padded depends on the number of ranks,
+    and Megatron's own function counts the padding as ordinary logits; without padding the cross
+    entropy is that of its function, to the last bit but for the order in which a backend adds up
+    ranks.
 
     As with Megatron's function, the buffer of fp32 logits is used up (they are overwritten), and
     there can be one backward pass.
@@ -77,13 +77,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         start = group.rank() * width
         true_width = min(max(vocab_size - start, 0), width)
 
-        highest = x.amax(-1, keepdim=True)  # of padding rows too: nothing may overflow
-        if vocab_size < group.size() * width:
-            maxima = torch.cat([highest, _max_of(x[..., :true_width])], -1)
-        else:
-            maxima = highest
-        dist.all_reduce(maxima, dist.ReduceOp.MAX, group)
-        highest, largest = maxima[..., :1], maxima[..., -1]
+        x[..., true_width:] = -torch.inf  # padding: no share in the sums, and no gradient
+        highest = x.amax(-1, keepdim=True)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
 
         logit_sum = x[..., :true_width].sum(-1)
         x.sub_(highest)
@@ -100,10 +96,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(x, exp_sum, local, here)
         log_sum = exp_sum.log()
         cross_entropy = log_sum - target
-        largest = largest.clone()
+        largest = highest.squeeze(-1)
         mean = logit_sum / vocab_size
         ctx.mark_non_differentiable(largest, mean)
-        return cross_entropy, log_sum + highest.squeeze(-1), largest, mean
+        return cross_entropy, log_sum + largest, largest, mean
 
     @staticmethod
     @once_differentiable
@@ -114,10 +110,3 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         x.mul_(((of_cross_entropy + of_log_sum_exp) / exp_sum).unsqueeze(-1))
         x.scatter_add_(-1, local, -(of_cross_entropy * here).unsqueeze(-1))
         return x.to(ctx.dtype), None, None, None
-
-
-def _max_of(x: Tensor) -> Tensor:
-    """Over the last axis, which is kept and may be empty: -inf then."""
-    if x.size(-1):
-        return x.amax(-1, keepdim=True)
-    return x.new_full((*x.shape[:-1], 1), -torch.inf)

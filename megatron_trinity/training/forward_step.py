@@ -74,20 +74,19 @@ def masked_loss(
         record: where the micro-batch is noted.
     Returns: the sum, the number of tokens in it (int32), and for the log pairs (sum, number of
         tokens), which Megatron adds up over the global batch before it divides: `lm loss` (cross
-        entropy alone), `mean logit` and, with c above 0, `z loss` (c * logsumexp^2).
+        entropy alone) and, with c above 0, `z loss` (c * logsumexp^2).
     """
     total, tokens, report = cross_entropy_loss(loss_mask, output)
     lm_loss, count = report["lm loss"]
     mask = loss_mask.float()
     if record is not None:
         largest = output[Row.LARGEST_LOGIT].masked_fill(mask == 0, -torch.inf)
-        record.append(lm_loss, count, largest.max())
+        mean_logits = torch.sum(output[Row.MEAN_LOGIT] * mask)
+        record.append(lm_loss, count, largest.max(), mean_logits)
     if z_loss_coeff > 0:
         z_loss = z_loss_coeff * torch.sum(output[Row.LOG_SUM_EXP].square() * mask)
         report["z loss"] = torch.stack([z_loss.detach(), count])
         total = total + z_loss
-    mean_logits = torch.sum(output[Row.MEAN_LOGIT].detach() * mask)
-    report["mean logit"] = torch.stack([mean_logits, count])
     return total, tokens, report
 
 

@@ -26,18 +26,22 @@ class MicroBatchRecord:
         self._micro_batches = micro_batches
         self._rows: list[Tensor] = []
 
-    def append(self, loss_sum: Tensor, tokens: Tensor, largest_logit: Tensor) -> None:
+    def append(
+        self, loss_sum: Tensor, tokens: Tensor, largest_logit: Tensor, mean_logits: Tensor
+    ) -> None:
         """Note one micro-batch, or this rank's part of its sequence.
 
         Args:
             loss_sum: summed lm loss of the tokens with loss, nats.
             tokens: their number.
             largest_logit: over these tokens; -inf if there are none.
+            mean_logits: sum over these tokens of the mean of each one's logits.
         """
         if len(self._rows) >= self._micro_batches():
             # The step was started anew (Megatron's re-run state machine), or nobody reduced it.
             self._rows.clear()
-        row = torch.stack([value.detach().double() for value in (loss_sum, tokens, largest_logit)])
+        values = (loss_sum, tokens, mean_logits, largest_logit)
+        row = torch.stack([value.detach().double() for value in values])
         self._rows.append(row)
 
     def reduce(self, groups: ProcessGroupCollection | None = None) -> dict[str, float]:
@@ -45,7 +49,7 @@ class MicroBatchRecord:
 
         `batch heterogeneity` is max_i L_i - mean_i L_i, where L_i is the mean lm loss of
         micro-batch i (report, eq. 40). Micro-batches without a token that carries loss are left
-        out. `max logit` is over all tokens with loss.
+        out. `max logit` and `mean logit` are over all tokens with loss.
 
         Collective over the data- and context-parallel ranks of the last pipeline stage. Ranks of
         other stages have no record: they wait for nobody and get an empty dictionary, as everyone
@@ -56,26 +60,31 @@ class MicroBatchRecord:
         """
         if not self._rows:
             return {}
-        sums, tokens, largest = torch.stack(self._rows, dim=1)
+        sums, tokens, mean_logits, largest = torch.stack(self._rows, dim=1)
         self._rows.clear()
         if groups is None:
             groups = ProcessGroupCollection.use_mpu_process_groups(["cp", "dp", "dp_cp"])
 
-        of_sequence = torch.stack([sums, tokens])
+        of_sequence = torch.stack([sums, tokens, mean_logits])
         _all_reduce(of_sequence, dist.ReduceOp.SUM, groups.cp)
-        sums, tokens = of_sequence[:, of_sequence[1] > 0]
+        sums, tokens, mean_logits = of_sequence[:, of_sequence[1] > 0]
         losses = sums / tokens
 
         lowest = losses.new_full((1,), -torch.inf)
         maxima = torch.stack([torch.cat([losses, lowest]).max(), largest.max()])
         _all_reduce(maxima, dist.ReduceOp.MAX, groups.dp_cp)
-        totals = torch.stack([losses.sum(), losses.new_tensor(losses.numel())])
+        number = losses.new_tensor(losses.numel())
+        totals = torch.stack([losses.sum(), number, mean_logits.sum(), tokens.sum()])
         _all_reduce(totals, dist.ReduceOp.SUM, groups.dp)
 
-        highest_loss, max_logit, loss_sum, number = torch.cat([maxima, totals]).tolist()
-        if not number:
+        highest, max_logit, loss_sum, batches, logits, count = torch.cat([maxima, totals]).tolist()
+        if not batches:
             return {}
-        return {"batch heterogeneity": highest_loss - loss_sum / number, "max logit": max_logit}
+        return {
+            "batch heterogeneity": highest - loss_sum / batches,
+            "max logit": max_logit,
+            "mean logit": logits / count,
+        }
 
 
 def _all_reduce(

@@ -55,6 +55,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"global_batch_size": 12},
         {"world_size": 3, "global_batch_size": 32},
     ],
+    "loss-fusion": [{"cross_entropy_loss_fusion": True}],
     "full-validation": [{"full_validation": True}],
     "packed-documents": [
         {"reset_attention_mask": True},

@@ -34,7 +34,6 @@ def sums(mask: Tensor, output: Tensor, z_loss_coeff: float) -> dict[str, float]:
     return {
         "lm loss": float(np.sum(of_token[Row.CROSS_ENTROPY] * counted)),
         "z loss": z_loss_coeff * float(np.sum(of_token[Row.LOG_SUM_EXP] ** 2 * counted)),
-        "mean logit": float(np.sum(of_token[Row.MEAN_LOGIT] * counted)),
     }
 
 
@@ -73,7 +72,7 @@ def test_masked_loss(ranks: RankPools, masked_tokens: int, z_loss_coeff: float) 
     assert got["tokens"].dtype == torch.int32
     assert got["tokens"].item() == tokens
 
-    names = ["lm loss", "mean logit"] + ["z loss"] * (z_loss_coeff > 0)
+    names = ["lm loss"] + ["z loss"] * (z_loss_coeff > 0)
     assert sorted(got["report"]) == names
     for name in names:
         value, number = got["report"][name].tolist()
@@ -122,10 +121,12 @@ def noted(rank: int, world_size: int, masked_tokens: int) -> list[list[float]]:
 def test_a_micro_batch_is_noted_without_its_z_loss(ranks: RankPools, masked_tokens: int) -> None:
     mask, output = micro_batch(masked_tokens)
     counted = output[Row.LARGEST_LOGIT][mask > 0].tolist()
-    [[[loss, tokens, largest]]] = ranks.run(noted, masked_tokens, world_size=1)
+    [[[loss, tokens, largest, mean_logits]]] = ranks.run(noted, masked_tokens, world_size=1)
     assert loss == pytest.approx(sums(mask, output, 0.0)["lm loss"], rel=1e-6, abs=0)
     assert tokens == mask.sum()
     assert largest == max(counted, default=-torch.inf)
+    mean_logit = output[Row.MEAN_LOGIT][mask > 0].double().sum().item()
+    assert mean_logits == pytest.approx(mean_logit, rel=1e-6, abs=0)
 
 
 class Output(nn.Module):
@@ -184,8 +185,8 @@ def test_z_loss_starts_at_its_iteration(
     [(total, names, record)] = ranks.run(step, iteration, start, False, world_size=1)
     expected = sums(*micro_batch(masked_tokens=5), Z_LOSS if on else 0.0)
     assert total == pytest.approx(expected["lm loss"] + expected["z loss"], rel=1e-6, abs=0)
-    assert names == ["lm loss", "mean logit"] + ["z loss"] * on
-    assert sorted(record) == ["batch heterogeneity", "max logit"]
+    assert names == ["lm loss"] + ["z loss"] * on
+    assert sorted(record) == ["batch heterogeneity", "max logit", "mean logit"]
 
 
 @pytest.mark.parametrize("iteration", [None, 5])

@@ -1,4 +1,4 @@
-"""Batch heterogeneity and the largest logit over a global batch, against the report's eq. 40."""
+"""Batch heterogeneity (report, eq. 40) and the logits of a global batch, against plain NumPy."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ TOKENS[3] = 0  # no token in it carries loss
 TOKENS[5, 0] = 0  # none in its first part
 LOSSES = np.where(TOKENS, TOKENS * RNG.uniform(1.0, 4.0, size=(8, 2)), 0.0)
 LOGITS = np.where(TOKENS, RNG.normal(10.0, 3.0, size=(8, 2)), -np.inf)
+MEAN_LOGITS = TOKENS * RNG.normal(-0.5, 1.0, size=(8, 2))
 
 
 def expected() -> dict[str, float]:
     whole = TOKENS.sum(axis=1) > 0
     means = LOSSES.sum(axis=1)[whole] / TOKENS.sum(axis=1)[whole]
-    return {"batch heterogeneity": means.max() - means.mean(), "max logit": LOGITS.max()}
+    return {
+        "batch heterogeneity": means.max() - means.mean(),
+        "max logit": LOGITS.max(),
+        "mean logit": MEAN_LOGITS.sum() / TOKENS.sum(),
+    }
 
 
 def reduce(
@@ -48,6 +53,7 @@ def reduce(
                 torch.tensor(loss.sum() * (not empty), dtype=torch.float32),
                 torch.tensor(tokens.sum() * (not empty)),
                 torch.tensor(-np.inf if empty else logit.max(), dtype=torch.float32),
+                torch.tensor(MEAN_LOGITS[i, part_of].sum() * (not empty), dtype=torch.float32),
             )
     return record.reduce(), record.reduce()
 
