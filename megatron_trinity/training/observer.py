@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
@@ -79,7 +80,10 @@ class StepObserver:
 
 
 def balance_line(iteration: int, steps: Sequence[Mapping[str, float]]) -> str:
-    """One line with the mean over `steps` of each of their values."""
-    means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[-1]}
-    fields = " | ".join(f"{name}: {value:.4g}" for name, value in means.items())
+    """One line with the mean of each value over those of `steps` that have it."""
+    by_name: dict[str, list[float]] = {}
+    for step in steps:
+        for name, value in step.items():
+            by_name.setdefault(name, []).append(value)
+    fields = " | ".join(f"{name}: {fmean(values):.4g}" for name, values in by_name.items())
     return f" balance   {iteration:8d} | {fields} |"
