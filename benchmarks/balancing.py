@@ -1,0 +1,360 @@
+"""Does balancing balance? The tiny preset, trained from one start without it and by each rule.
+
+Three runs on two ranks with expert parallelism 2, alike in all but --load-balancing. What is
+compared comes from TensorBoard's files. Fails unless both rules end with a max violation three
+times below that of no balancing. A run that is done is not redone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from megatron_trinity.errors import TrinityError, UsageError, run_command
+
+EXAMPLE = """example:
+  bash examples/quickstart.sh    # prepares the data
+  python benchmarks/balancing.py --steps 300 --figure docs/balancing.svg
+"""
+
+ROOT = Path(__file__).resolve().parent.parent
+# Okabe and Ito's colours, which colour-blind eyes tell apart; dashes do in grey.
+RULES = {
+    "none": ("no balancing", "#D55E00", ":"),
+    "sign": ("sign rule", "#0072B2", "--"),
+    "smebu": ("SMEBU", "#009E73", "-"),
+}
+MAX_VIOLATION, ENTROPY, LOSS = "max violation", "load entropy", "lm loss"
+VALIDATION_LOSS = "lm loss validation"
+TAIL = 50  # steps at the end that a figure is the mean of
+SMOOTHING = 10  # steps that a point of a thick line is the mean of
+NEEDED = 3.0  # how much smaller than without balancing the max violation has to become
+SEQUENCE, EVAL_BATCH = 256, 16  # tokens; sequences, as the quickstart evaluates
+
+Scalars = Mapping[str, Mapping[int, float]]  # name in the log to step to value
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the three runs have in common."""
+
+    data: Path
+    output: Path
+    steps: int
+    global_batch: int
+    eval_iters: int
+
+    def run_dir(self, rule: str) -> Path:
+        return self.output / f"{self.steps}-steps" / rule
+
+    def flags(self, rule: str) -> list[str]:
+        """The trainer's command line."""
+        options = {
+            "--preset": "tiny",
+            "--load-balancing": rule,
+            "--tokenizer-model": self.data / "tokenizer",
+            "--train-data-path": self.data / "data_train",
+            "--valid-data-path": self.data / "data_valid",
+            "--data-cache-path": self.output / "cache",
+            "--num-workers": 0,
+            "--global-batch-size": self.global_batch,
+            "--train-iters": self.steps,
+            "--lr-warmup-iters": min(20, self.steps // 4),
+            "--lr-wsd-decay-iters": self.steps * 9 // 20,
+            "--expert-model-parallel-size": 2,
+            "--eval-iters": self.eval_iters,
+            "--eval-global-batch-size": EVAL_BATCH,
+            "--tensorboard-dir": self.run_dir(rule) / "tensorboard",
+        }
+        return [str(word) for pair in options.items() for word in pair]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run's figures: means over its last steps, and the validation loss behind the last."""
+
+    max_violation: float
+    by_layer: Mapping[str, float]  # "layer 02" to max violation
+    entropy: float
+    loss: float
+    validation_loss: float
+
+    @classmethod
+    def of(cls, scalars: Scalars) -> Outcome:
+        prefix = MAX_VIOLATION + "/"
+        return cls(
+            max_violation=tail_mean(scalars[MAX_VIOLATION]),
+            by_layer={
+                name.removeprefix(prefix): tail_mean(scalars[name])
+                for name in sorted(scalars)
+                if name.startswith(prefix)
+            },
+            entropy=tail_mean(scalars[ENTROPY]),
+            loss=tail_mean(scalars[LOSS]),
+            validation_loss=list(scalars[VALIDATION_LOSS].values())[-1],
+        )
+
+
+def tail_mean(steps: Mapping[int, float]) -> float:
+    values = list(steps.values())[-TAIL:]
+    return sum(values) / len(values)
+
+
+def validation_batches(data: Path) -> int:
+    """Whole batches in the validation split of the quickstart's data.
+
+    Raises:
+        UsageError: the data is not there.
+    """
+    names = ["data.json", "tokenizer"]
+    names += [f"data_{split}.{end}" for split in ("train", "valid") for end in ("bin", "idx")]
+    missing = [name for name in names if not (data / name).exists()]
+    if missing:
+        raise UsageError(
+            f"{data} has no {missing[0]}; run `bash examples/quickstart.sh`, or give --data DIR"
+        )
+    tokens = json.loads((data / "data.json").read_text())["splits"]["valid"]["tokens"]
+    return int(tokens - 1) // SEQUENCE // EVAL_BATCH
+
+
+def read_scalars(directory: Path) -> Scalars:
+    """All that TensorBoard's files have."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def is_done(plan: Plan, rule: str) -> bool:
+    """Whether the run with these very flags has come to its end."""
+    command = plan.run_dir(rule) / "command.txt"
+    if not command.exists() or command.read_text() != shlex.join(plan.flags(rule)):
+        return False
+    scalars = read_scalars(plan.run_dir(rule) / "tensorboard")
+    return plan.steps in scalars.get(VALIDATION_LOSS, {})
+
+
+def train(plan: Plan, rule: str) -> None:
+    """Run the trainer; its output goes into `training.log`.
+
+    Raises:
+        TrinityError: it failed.
+    """
+    run_dir = plan.run_dir(rule)
+    if run_dir.exists():
+        shutil.rmtree(run_dir)
+    run_dir.mkdir(parents=True)
+    (run_dir / "command.txt").write_text(shlex.join(plan.flags(rule)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node=2", "pretrain_trinity.py", *plan.flags(rule)]
+    log = run_dir / "training.log"
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process,
+        Progress(disable=not sys.stderr.isatty(), console=Console(stderr=True)) as progress,
+    ):
+        assert process.stdout is not None
+        name = RULES[rule][0]
+        task = progress.add_task(name, total=plan.steps)
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            found = re.search(r"iteration +(\d+)/", line)
+            if found:
+                step = int(found[1])
+                progress.update(task, completed=step)
+                if progress.disable and step % 50 == 0:
+                    print(f"{name}: step {step} of {plan.steps}", file=sys.stderr, flush=True)
+    if process.returncode:
+        errors = [line for line in log.read_text().splitlines() if line.startswith("error")]
+        reason = errors[0] if errors else f"exit code {process.returncode}"
+        raise TrinityError(f"the run with {name} failed: {reason}; see {log}")
+
+
+def check_same_start(runs: Mapping[str, Scalars]) -> None:
+    """The first step's loss and load do not know of balancing yet: they have to be the same.
+
+    Raises:
+        TrinityError: they are not.
+    """
+    for name in (LOSS, ENTROPY):
+        first = {rule: scalars[name][1] for rule, scalars in runs.items()}
+        if len(set(first.values())) > 1:
+            raise TrinityError(f"the runs do not start alike: {name} of step 1 is {first}")
+
+
+def table(outcomes: Mapping[str, Outcome], steps: int) -> str:
+    """The figures in Markdown."""
+    layers = list(outcomes["none"].by_layer)
+    header = ["run", MAX_VIOLATION, *layers, ENTROPY, LOSS, "validation loss"]
+    lines = [header, ["---"] * len(header)]
+    for rule, outcome in outcomes.items():
+        values = [outcome.max_violation, *(outcome.by_layer[layer] for layer in layers)]
+        values += [outcome.entropy, outcome.loss, outcome.validation_loss]
+        lines.append([RULES[rule][0], *(f"{value:.3f}" for value in values)])
+    title = f"{steps} steps; means of the last {min(TAIL, steps)}, validation loss at the end\n\n"
+    return title + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def rows(outcomes: Mapping[str, Outcome]) -> list[dict[str, object]]:
+    """What `--json` writes; a ratio above 1 is in favour of "ours"."""
+    result: list[dict[str, object]] = []
+
+    def add(ours: str, peer: str, measure: str, unit: str, values: tuple[float, float]) -> None:
+        mine, theirs = values
+        better = (mine, theirs) if measure == ENTROPY else (theirs, mine)
+        result.append(
+            {
+                "case": f"{measure}: {RULES[ours][0]} against {RULES[peer][0]}",
+                "ours": mine,
+                "peer": theirs,
+                "unit": unit,
+                "ratio": better[0] / better[1] if better[1] else None,
+            }
+        )
+
+    for ours, peer in (("sign", "none"), ("smebu", "none"), ("smebu", "sign")):
+        a, b = outcomes[ours], outcomes[peer]
+        add(ours, peer, MAX_VIOLATION, "of the mean load", (a.max_violation, b.max_violation))
+        for layer, value in a.by_layer.items():
+            measure = f"{MAX_VIOLATION}, {layer}"
+            add(ours, peer, measure, "of the mean load", (value, b.by_layer[layer]))
+        add(ours, peer, ENTROPY, "nats", (a.entropy, b.entropy))
+        add(ours, peer, LOSS, "nats", (a.loss, b.loss))
+        add(ours, peer, VALIDATION_LOSS, "nats", (a.validation_loss, b.validation_loss))
+    return result
+
+
+def draw(runs: Mapping[str, Scalars], figure: Path) -> None:
+    """Max violation against steps, thin, and its running mean, thick."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # A figure of the same values is the same file.
+    matplotlib.rcParams |= {"svg.hashsalt": "balancing", "svg.fonttype": "none", "font.size": 11}
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib.ticker import FuncFormatter
+
+    canvas, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    for rule, (label, colour, dashes) in RULES.items():
+        values = np.array(list(runs[rule][MAX_VIOLATION].values()))
+        steps = np.array(list(runs[rule][MAX_VIOLATION]))
+        axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.4)
+        width = min(SMOOTHING, len(values))
+        means = np.convolve(values, np.full(width, 1 / width), mode="valid")
+        axes.plot(steps[width - 1 :], means, color=colour, ls=dashes, linewidth=2.0, label=label)
+    axes.set_yscale("log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("step")
+    axes.set_ylabel("max violation of the worst layer")
+    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes.legend(frameon=False, handlelength=3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None} if figure.suffix == ".svg" else None
+    canvas.savefig(figure, dpi=110, metadata=metadata)
+
+
+def check_balanced(outcomes: Mapping[str, Outcome]) -> None:
+    """Raises: TrinityError, with the figures, unless both rules beat no balancing by `NEEDED`."""
+    without = outcomes["none"].max_violation
+    failed = [
+        f"{RULES[rule][0]} ends at {outcomes[rule].max_violation:.3f}"
+        for rule in ("sign", "smebu")
+        if outcomes[rule].max_violation * NEEDED > without
+    ]
+    if failed:
+        raise TrinityError(
+            f"max violation is not {NEEDED:g} times below that of no balancing ({without:.3f}): "
+            + ", ".join(failed)
+        )
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=300, help="of each run (default %(default)s)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT / "runs" / "quickstart",
+        help="the quickstart's folder (default runs/quickstart)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "runs" / "balancing",
+        help="folder of the runs (default runs/balancing)",
+    )
+    parser.add_argument("--figure", type=Path, help="also draw max violation, as .svg or .png")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as rows")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="four small steps a run: shows that all of it works, and checks no figure",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.steps < TAIL:
+        parser.error(f"--steps has to be at least {TAIL}")
+    if arguments.figure and arguments.figure.suffix not in (".svg", ".png"):
+        parser.error("--figure has to end in .svg or .png")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    plan = Plan(
+        data=arguments.data.resolve(),
+        output=arguments.output.resolve(),
+        steps=arguments.steps,
+        global_batch=32,
+        eval_iters=validation_batches(arguments.data),
+    )
+    if arguments.quick:
+        plan = replace(plan, steps=4, global_batch=16, eval_iters=1)
+    for rule, (name, *_) in RULES.items():
+        if is_done(plan, rule):
+            print(f"{name}: done already, in {plan.run_dir(rule)}", file=sys.stderr, flush=True)
+        else:
+            train(plan, rule)
+    runs = {rule: read_scalars(plan.run_dir(rule) / "tensorboard") for rule in RULES}
+    check_same_start(runs)
+    outcomes = {rule: Outcome.of(scalars) for rule, scalars in runs.items()}
+    print(table(outcomes, plan.steps))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows(outcomes), indent=2) + "\n")
+    if arguments.figure:
+        draw(runs, arguments.figure)
+    if not arguments.quick:
+        check_balanced(outcomes)
+
+
+if __name__ == "__main__":
+    run_command(main)
