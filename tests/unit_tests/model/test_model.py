@@ -82,12 +82,12 @@ def test_output_has_what_a_loss_is_made_of(
     for logits, labels, output in ranks.run(losses, dtype, true_vocab_size, world_size=world_size):
         assert output.dtype == torch.float32
         assert output.shape == (len(Row), *labels.shape)
-        x = logits.double()
+        x = logits[..., :true_vocab_size].double()
         expected = {
             Row.CROSS_ENTROPY: cross_entropy(x.mT, labels, reduction="none"),
             Row.LOG_SUM_EXP: x.logsumexp(-1),
-            Row.LARGEST_LOGIT: x[..., :true_vocab_size].amax(-1),
-            Row.MEAN_LOGIT: x[..., :true_vocab_size].mean(-1),
+            Row.LARGEST_LOGIT: x.amax(-1),
+            Row.MEAN_LOGIT: x.mean(-1),
         }
         for row, values in expected.items():
             torch.testing.assert_close(output[row].double(), values, rtol=1e-6, atol=1e-6)
