@@ -26,7 +26,7 @@ from megatron_trinity.errors import TrinityError, UsageError, run_command
 
 EXAMPLE = """example:
   bash examples/quickstart.sh    # prepares the data
-  python benchmarks/balancing.py --steps 300 --figure docs/balancing.svg
+  python benchmarks/balancing.py --steps 600 --figure docs/balancing.svg
 """
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,7 +257,7 @@ def draw(runs: Mapping[str, Scalars], figure: Path) -> None:
     matplotlib.rcParams |= {"svg.hashsalt": "balancing", "svg.fonttype": "none", "font.size": 11}
     import matplotlib.pyplot as plt
     import numpy as np
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     canvas, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     for rule, (label, colour, dashes) in RULES.items():
@@ -268,11 +268,12 @@ def draw(runs: Mapping[str, Scalars], figure: Path) -> None:
         means = np.convolve(values, np.full(width, 1 / width), mode="valid")
         axes.plot(steps[width - 1 :], means, color=colour, ls=dashes, linewidth=2.0, label=label)
     axes.set_yscale("log")
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("step")
     axes.set_ylabel("max violation of the worst layer")
-    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes.grid(alpha=0.25, linewidth=0.5)
     axes.legend(frameon=False, handlelength=3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -300,7 +301,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=300, help="of each run (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="of each run (default %(default)s)")
     parser.add_argument(
         "--data",
         type=Path,
