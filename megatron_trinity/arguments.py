@@ -49,6 +49,7 @@ TRINITY_DEFAULTS = {
     "init_method_std": None,
     "moe_layer_freq": None,
     # What suits it among Megatron's choices.
+    "cp_comm_type": ["all_gather"],
     "calculate_per_token_loss": True,  # a mean over tokens does not depend on the micro-batch
     "create_attention_mask_in_dataloader": False,
     "enable_one_logger": False,  # a service that is not public

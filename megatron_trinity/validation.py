@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_trinity.errors import UsageError
+from megatron_trinity.model.core_attention import CP_COMM_TYPES
 from megatron_trinity.moe.balancing import SIGN_DEFAULT, SMEBU_DEFAULTS
 
 
@@ -33,9 +34,21 @@ def _model_ranks(args: Namespace) -> int:
     )
 
 
+def _expert_tensor_ranks(args: Namespace) -> int:
+    return int(args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
+
+
+def _heads_left(args: Namespace) -> int:
+    """Query groups of one tensor-parallel rank; 1 where ranks share a group."""
+    return int(max(1, args.num_query_groups // args.tensor_model_parallel_size))
+
+
 def _expert_ranks(args: Namespace) -> int:
-    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    return int(expert_tensor * args.expert_model_parallel_size * args.pipeline_model_parallel_size)
+    return int(
+        _expert_tensor_ranks(args)
+        * args.expert_model_parallel_size
+        * args.pipeline_model_parallel_size
+    )
 
 
 def _data_ranks(args: Namespace) -> int:
@@ -152,10 +165,53 @@ REFUSALS: tuple[Refusal, ...] = (
         "tensor parallelism only with sequence parallelism; use --sequence-parallel as well",
     ),
     Refusal(
-        "context-parallel",
-        lambda a: a.context_parallel_size > 1,
-        "--context-parallel-size {context_parallel_size}: the portable core attention does not "
-        "split sequences over ranks; use 1",
+        "heads-over-tensor",
+        lambda a: a.num_attention_heads % a.tensor_model_parallel_size != 0,
+        "--num-attention-heads {num_attention_heads} do not divide over "
+        "--tensor-model-parallel-size {tensor_model_parallel_size}; use a divisor",
+    ),
+    Refusal(
+        "experts-over-tensor",
+        lambda a: a.moe_ffn_hidden_size % _expert_tensor_ranks(a) != 0,
+        "--moe-ffn-hidden-size {moe_ffn_hidden_size} does not divide over "
+        "--expert-tensor-parallel-size, which is --tensor-model-parallel-size if it is not given; "
+        "use a divisor",
+    ),
+    Refusal(
+        "context-parallel-kind",
+        lambda a: a.context_parallel_size > 1 and not set(a.cp_comm_type) <= set(CP_COMM_TYPES),
+        "--cp-comm-type: ring attention (p2p) knows no window, and local layers have one; use "
+        "all_gather or a2a",
+    ),
+    Refusal(
+        "context-parallel-heads",
+        lambda a: "a2a" in a.cp_comm_type and _heads_left(a) % a.context_parallel_size != 0,
+        "--cp-comm-type a2a splits the heads that tensor parallelism leaves, and "
+        "--num-query-groups {num_query_groups} do not divide over --tensor-model-parallel-size "
+        "{tensor_model_parallel_size} x --context-parallel-size {context_parallel_size}; use "
+        "--cp-comm-type all_gather",
+    ),
+    Refusal(
+        "context-parallel-length",
+        lambda a: a.context_parallel_size > 1 and a.seq_length % (2 * a.context_parallel_size) != 0,
+        "--seq-length {seq_length} cannot be cut into two chunks for each rank of "
+        "--context-parallel-size {context_parallel_size}; use a multiple of twice that",
+    ),
+    Refusal(
+        "sequence-parallel-length",
+        lambda a: (
+            a.sequence_parallel
+            and a.seq_length % (a.context_parallel_size * a.tensor_model_parallel_size) != 0
+        ),
+        "--seq-length {seq_length} does not divide over --tensor-model-parallel-size "
+        "{tensor_model_parallel_size} x --context-parallel-size {context_parallel_size} under "
+        "--sequence-parallel; use a multiple of their product",
+    ),
+    Refusal(
+        "hybrid-context-parallel",
+        lambda a: a.hybrid_context_parallel or a.hierarchical_context_parallel_sizes,
+        "--hybrid-context-parallel and --hierarchical-context-parallel-sizes split sequences in "
+        "ways that Trinity's attention does not know; use --context-parallel-size alone",
     ),
     Refusal(
         "batch-over-ranks",
@@ -165,6 +221,13 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
         "--global-batch-size {global_batch_size} is no multiple of --micro-batch-size "
         "{micro_batch_size} times the data-parallel ranks; change one of them",
+    ),
+    Refusal(
+        "muon-instances",
+        lambda a: "muon" in a.optimizer and a.num_distributed_optimizer_instances > 1,
+        "--num-distributed-optimizer-instances {num_distributed_optimizer_instances}: "
+        "megatron-core's Muon shards its state over all data-parallel ranks at once; use 1, or "
+        "--optimizer adam",
     ),
     Refusal(
         "loss-fusion",
@@ -179,10 +242,21 @@ REFUSALS: tuple[Refusal, ...] = (
         "--eval-iters",
     ),
     Refusal(
-        "packed-documents",
-        lambda a: a.reset_attention_mask or a.dataloader_inter_document_masking,
-        "documents cannot be masked from each other: the portable core attention would ignore the "
-        "mask; leave out --reset-attention-mask and --dataloader-inter-document-masking",
+        "document-mask",
+        lambda a: a.reset_attention_mask,
+        "--reset-attention-mask makes a mask of every pair of tokens, which the core attention "
+        "does not take; use --dataloader-inter-document-masking",
+    ),
+    Refusal(
+        "document-positions",
+        lambda a: a.reset_position_ids,
+        "--reset-position-ids would change nothing: RoPE is relative; leave it out, and use "
+        "--dataloader-inter-document-masking to keep documents apart",
+    ),
+    Refusal(
+        "sft",
+        lambda a: a.sft,
+        "--sft packs conversations in a way that Trinity's batches do not know; leave it out",
     ),
     Refusal(
         "attention-mask",

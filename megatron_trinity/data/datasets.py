@@ -15,6 +15,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_trinity.data.document_dataset import DocumentDataset, MockDocumentDataset
 from megatron_trinity.data.indexed import check_indexed_dataset
 from megatron_trinity.data.manifest import read_manifest
 from megatron_trinity.errors import UsageError
@@ -30,9 +31,15 @@ def train_valid_test_datasets(
         vp_stage: number of the virtual pipeline stage, if there are any.
     """
     args = get_args()
-    dataset_type = MockGPTDataset if args.mock_data else GPTDataset
+    masking = args.dataloader_inter_document_masking
+    dataset_type = DocumentDataset if masking else GPTDataset
+    if args.mock_data:
+        dataset_type = MockDocumentDataset if masking else MockGPTDataset
     builder = BlendedMegatronDatasetBuilder(
-        dataset_type, list(num_samples), partial(_this_rank_reads, vp_stage), _dataset_config(args)
+        dataset_type,
+        list(num_samples),
+        partial(_this_rank_reads, vp_stage, masking),
+        _dataset_config(args),
     )
     train, valid, test = builder.build()
     return train, valid, test
@@ -108,6 +115,7 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        inter_document_masking=args.dataloader_inter_document_masking,
     )
 
 
@@ -119,6 +127,11 @@ def pipeline_ends(vp_stage: int | None) -> tuple[bool, bool]:
     )
 
 
-def _this_rank_reads(vp_stage: int | None) -> bool:
-    """Tensor-parallel rank 0 of the first and the last stage read; `training.batch` shares it."""
-    return any(pipeline_ends(vp_stage)) and parallel_state.get_tensor_model_parallel_rank() == 0
+def stage_reads(vp_stage: int | None, masking: bool) -> bool:
+    """Whether a stage needs data: tokens or labels at the ends, documents everywhere."""
+    return masking or any(pipeline_ends(vp_stage))
+
+
+def _this_rank_reads(vp_stage: int | None, masking: bool) -> bool:
+    """Tensor-parallel rank 0 of the stages that need data reads; `training.batch` shares it."""
+    return stage_reads(vp_stage, masking) and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -22,12 +22,12 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     MlpBuilder,
-    TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
 
-from megatron_trinity.model.attention import PortableCoreAttention
+from megatron_trinity.model.core_attention import PortableCoreAttention
+from megatron_trinity.model.layer import TrinityLayer
 from megatron_trinity.model.norm import PostNormAdd, TrinityRMSNorm
 from megatron_trinity.moe.router import TrinityRouter
 
@@ -74,7 +74,7 @@ def _layer_spec(
     qk_norm = backend.layer_norm(rms_norm=True, for_qk=True)
     post_norm_add = ModuleSpec(module=PostNormAdd, params={"config": config, "norm": norm})
     return ModuleSpec(
-        module=TransformerLayer,
+        module=TrinityLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(

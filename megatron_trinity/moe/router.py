@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_trinity.moe.balancing import sign_update, smebu_update
-from megatron_trinity.moe.sequence_loss import sequence_balance_loss
+from megatron_trinity.moe.sequence_loss import document_balance_loss, sequence_balance_loss
 
 NORMALIZATION_EPS = 1e-20  # as transformers' AfmoeTokenChoiceRouter has it
 MOMENTUM = "expert_bias_momentum"
@@ -55,7 +55,10 @@ class TrinityRouter(TopKRouter):
             since the last `take_counts`. Megatron's own `local_tokens_per_expert` is not used: it
             is a float, which a bf16 model rounds above 256, and emptied before the step is taken.
         sequence_loss: fp32, not saved; this rank's part of the sequence-wise losses since the last
-            `take_sequence_loss`, before the coefficient.
+            `take_sequence_loss`, before the coefficient. Of documents in a sequence it is the mean,
+            weighted by their tokens.
+        documents: of the micro-batch that is routed next, the ids of this rank's tokens `[s, b]`
+            and the lengths `[D]`, or None if sequences are whole; `TrinityLayer` sets it.
 
     Evaluation changes none of them. Casts of the model to another precision leave their dtypes and
     values alone.
@@ -70,6 +73,7 @@ class TrinityRouter(TopKRouter):
         momentum = self.config.load_balancing == "smebu"
         self.register_buffer(MOMENTUM, torch.zeros_like(self.expert_bias) if momentum else None)
         self.register_buffer("sequence_loss", self.expert_bias.new_zeros(()), persistent=False)
+        self.documents: tuple[Tensor, Tensor] | None = None
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route `[s, b, E]` logits; returns weights and choice, both `[s * b, E]`.
@@ -139,14 +143,18 @@ class TrinityRouter(TopKRouter):
     ) -> Tensor:
         if padding_mask is not None:
             raise ValueError("the sequence-wise loss takes no padding; set its coefficient to 0")
-        losses = sequence_balance_loss(
-            logits.float(), chosen.view(logits.shape), self.topk, self.tp_cp_group
-        )
-        self.sequence_loss += losses.detach().sum()
+        arguments = (logits.float(), chosen.view(logits.shape), self.topk, self.tp_cp_group)
+        tokens = logits.shape[0] * self.tp_cp_group.size()
+        if self.documents is None:
+            loss = sequence_balance_loss(*arguments).sum()
+        else:
+            ids, lengths = self.documents
+            losses = document_balance_loss(*arguments, ids, lengths)
+            loss = (losses * lengths).sum() / tokens
+        self.sequence_loss += loss.detach()
         # Megatron divides all gradients by the tokens of the global batch: a sequence weighs as
         # much as its tokens do, whatever the micro-batch.
-        tokens = logits.shape[0] * self.tp_cp_group.size()
-        scaled = self.config.seq_aux_loss_coeff * tokens * losses.sum()
+        scaled = self.config.seq_aux_loss_coeff * tokens * loss
         result: Tensor = MoEAuxLossAutoScaler.apply(weights, scaled)
         return result
 

@@ -38,6 +38,7 @@ def forward_step(
         None,  # attention mask: Trinity's core attention makes its own
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=batch["documents"],
     )
     mask = batch["loss_mask"]
     if not torch.is_grad_enabled():

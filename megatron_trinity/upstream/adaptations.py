@@ -238,6 +238,15 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         apply=_install("distributed_fp32_load"),
     ),
     Adaptation(
+        name="norm-recompute",
+        symbols=("megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",),
+        reason="selective recompute of norms asks Transformer Engine where there is none",
+        written_for=_CORE,
+        remove_when="CheckpointWithoutOutput asks only where Transformer Engine is installed",
+        when="always",
+        apply=_install("norm_recompute"),
+    ),
+    Adaptation(
         name="data-loader-rng",
         symbols=("megatron.training.datasets.data_samplers.build_pretraining_data_loader",),
         reason="starting a data loader moves the random state that a resumed run has restored",

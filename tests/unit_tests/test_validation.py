@@ -13,6 +13,13 @@ from megatron_trinity.errors import UsageError
 from megatron_trinity.validation import REFUSALS, validate
 from tests.distributed.pool import RankPools
 
+TP_2: dict[str, Any] = {
+    "world_size": 2,
+    "tensor_model_parallel_size": 2,
+    "sequence_parallel": True,
+}
+CP_2: dict[str, Any] = {"world_size": 2, "context_parallel_size": 2}
+
 # Row -> what of the tiny preset's arguments differs, one or more ways. Rows that are tested for the
 # boundary have one case on its wrong side each; ACCEPTED has the right side.
 CASES: dict[str, list[dict[str, Any]]] = {
@@ -50,17 +57,46 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "tensor-without-sequence": [{"world_size": 2, "tensor_model_parallel_size": 2}],
     "heads-over-groups": [{"num_attention_heads": 7}],
-    "context-parallel": [{"world_size": 2, "context_parallel_size": 2}],
+    "heads-over-tensor": [
+        {
+            "world_size": 4,
+            "tensor_model_parallel_size": 4,
+            "expert_tensor_parallel_size": 1,
+            "sequence_parallel": True,
+        }
+    ],
+    "experts-over-tensor": [
+        {"world_size": 2, "moe_ffn_hidden_size": 127, "expert_tensor_parallel_size": 2},
+        {**TP_2, "moe_ffn_hidden_size": 127, "expert_tensor_parallel_size": None},
+    ],
+    "context-parallel-kind": [
+        {**CP_2, "cp_comm_type": ["p2p"]},
+        {**CP_2, "cp_comm_type": ["a2a", "a2a", "p2p", "a2a"]},
+        {**CP_2, "cp_comm_type": ["a2a+p2p"]},
+    ],
+    "context-parallel-heads": [
+        {"world_size": 4, "context_parallel_size": 4, "cp_comm_type": ["a2a"]},
+        {**TP_2, "world_size": 4, "context_parallel_size": 2, "cp_comm_type": ["a2a"]},
+    ],
+    "context-parallel-length": [{**CP_2, "seq_length": 254}],
+    "sequence-parallel-length": [{**TP_2, "seq_length": 255}],
+    "hybrid-context-parallel": [
+        {"hybrid_context_parallel": True},
+        {**CP_2, "hierarchical_context_parallel_sizes": [2]},
+    ],
     "batch-over-ranks": [
         {"global_batch_size": 12},
         {"world_size": 3, "global_batch_size": 32},
     ],
+    "muon-instances": [
+        {"world_size": 4, "optimizer": "muon", "num_distributed_optimizer_instances": 2},
+        {"world_size": 4, "optimizer": "dist_muon", "num_distributed_optimizer_instances": 2},
+    ],
     "loss-fusion": [{"cross_entropy_loss_fusion": True}],
     "full-validation": [{"full_validation": True}],
-    "packed-documents": [
-        {"reset_attention_mask": True},
-        {"dataloader_inter_document_masking": True},
-    ],
+    "document-mask": [{"reset_attention_mask": True}],
+    "document-positions": [{"reset_position_ids": True}],
+    "sft": [{"sft": True}],
     "attention-mask": [{"create_attention_mask_in_dataloader": True}],
     "router": [
         {"moe_router_score_function": "softmax"},
@@ -112,17 +148,19 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "no shared expert": {"num_shared_experts": 0},
     "top-1": {"moe_router_topk": 1},
     "every expert": {"moe_router_topk": 8},
-    "tensor parallel": {
-        "world_size": 2,
-        "tensor_model_parallel_size": 2,
-        "sequence_parallel": True,
-    },
+    "tensor parallel": TP_2,
     "more tensor-parallel ranks than groups": {
-        "world_size": 4,
+        "world_size": 6,
         "sequence_parallel": True,
-        "tensor_model_parallel_size": 4,
+        "tensor_model_parallel_size": 6,
         "expert_tensor_parallel_size": 1,
+        "seq_length": 252,
+        "global_batch_size": None,
     },
+    "context parallel": CP_2,
+    "context parallel by heads": {**CP_2, "cp_comm_type": ["a2a"]},
+    "tensor and context parallel": {**TP_2, "world_size": 4, "context_parallel_size": 2},
+    "documents kept apart": {"dataloader_inter_document_masking": True},
     "expert parallel": {"world_size": 4, "expert_model_parallel_size": 4},
     "expert and expert tensor parallel": {
         "world_size": 4,

@@ -12,12 +12,9 @@ from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_trinity.model.attention import (
-    PortableCoreAttention,
-    causal_attention,
-    layer_window,
-    window_attention,
-)
+from megatron_trinity.model.attention import causal_attention, window_attention
+from megatron_trinity.model.core_attention import PortableCoreAttention, layer_window
+from megatron_trinity.model.documents import Documents
 from tests.distributed.pool import RankPools
 from tests.trinity import afmoe_config, build, parse
 
@@ -27,32 +24,50 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 LENGTHS = (1, 8, 19, 21)
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    """Every pair of tokens, in fp64: query t sees key u if t - window < u <= t."""
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """Every pair in fp64: query t, the last being the last key, sees key u if t - window < u <= t.
+
+    `starts`, `[b, s]`: nor does it see a key ahead of the first of its document.
+    """
     query, key, value = (tensor.double() for tensor in (query, key, value))
     ratio = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(ratio, dim=1), value.repeat_interleave(ratio, dim=1)
-    distance = torch.arange(query.shape[2])[:, None] - torch.arange(query.shape[2])
-    seen = (distance >= 0) & (distance < (window or query.shape[2]))
+    column = torch.arange(key.shape[2])
+    distance = column[-query.shape[2] :, None] - column
+    seen = (distance >= 0) & (distance < (window or key.shape[2]))
+    if starts is not None:
+        seen = seen & (column >= starts[:, None, :, None])
     logits = (SCALE * query @ key.mT).masked_fill(~seen, -torch.inf)
     return torch.softmax(logits, dim=-1) @ value
 
 
 def inputs(
-    batch: int, heads: int, groups: int, length: int, dtype: torch.dtype
+    batch: int, heads: int, groups: int, length: int, dtype: torch.dtype, previous: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     query, key, value = (
-        torch.randn(batch, n, length, 8, generator=generator).to(dtype).requires_grad_()
-        for n in (heads, groups, groups)
+        torch.randn(batch, n, tokens, 8, generator=generator).to(dtype).requires_grad_()
+        for n, tokens in ((heads, length), (groups, previous + length), (groups, previous + length))
     )
     return query, key, value
 
 
-def fast(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+def fast(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    starts: Tensor | None = None,
+) -> Tensor:
     if window is None:
-        return causal_attention(query, key, value, SCALE)
-    return window_attention(query, key, value, window, SCALE)
+        return causal_attention(query, key, value, SCALE, starts)
+    return window_attention(query, key, value, window, SCALE, starts)
 
 
 def check(
@@ -62,9 +77,11 @@ def check(
     groups: int,
     length: int,
     dtype: torch.dtype = torch.float32,
+    previous: int = 0,
+    starts: Tensor | None = None,
 ) -> None:
-    qkv = inputs(batch, heads, groups, length, dtype)
-    expected, got = reference(*qkv, window), fast(*qkv, window)
+    qkv = inputs(batch, heads, groups, length, dtype, previous)
+    expected, got = reference(*qkv, window, starts), fast(*qkv, window, starts)
     assert got.dtype == dtype
     assert got.shape == qkv[0].shape
     cotangent = torch.randn(got.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
@@ -107,6 +124,43 @@ def test_window_attention_at_any_shape(
     window: int, batch: int, groups: int, ratio: int, length: int
 ) -> None:
     check(window, batch, groups * ratio, groups, length)
+
+
+def document_starts(rows: list[list[int]]) -> Tensor:
+    """`[b, s]` from the lengths of each row's documents, by plain counting."""
+    return torch.tensor(
+        [
+            [sum(lengths[:number]) for number, length in enumerate(lengths) for _ in range(length)]
+            for lengths in rows
+        ]
+    )
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 5, 40])
+@pytest.mark.parametrize("rows", [2, 512])
+def test_documents_do_not_see_each_other(
+    window: int | None, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_trinity.model.attention.ROWS", rows)
+    starts = document_starts([[1, 9, 1, 2], [13], [5, 7, 1], [1] * 13])
+    check(window, 4, 4, 2, 13, starts=starts)
+
+
+@settings(max_examples=80)
+@given(
+    window=st.one_of(st.none(), st.integers(1, 30)),
+    lengths=st.lists(st.integers(1, 15), min_size=1, max_size=6),
+    previous=st.integers(0, 30),
+    documents=st.booleans(),
+)
+def test_a_part_of_a_sequence(
+    window: int | None, lengths: list[int], previous: int, documents: bool
+) -> None:
+    """The last tokens of a sequence, with their keys and those ahead of them."""
+    keys = sum(lengths)
+    length = max(1, keys - previous)
+    starts = document_starts([lengths, [keys]])[:, -length:] if documents else None
+    check(window, 2, 2, 1, length, previous=keys - length, starts=starts)
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 12, 13])
@@ -180,11 +234,32 @@ def test_core_attention_takes_another_scale() -> None:
     assert core().softmax_scale == 16**-0.5
 
 
-@pytest.mark.parametrize("ignored", ["attention_mask", "attention_bias", "packed_seq_params"])
-def test_what_would_be_ignored_is_refused(ignored: str) -> None:
+@pytest.mark.parametrize("layer", [1, 4], ids=["local", "global"])
+def test_core_attention_keeps_documents_apart(layer: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    query = torch.randn(11, 2, 4, 16, generator=generator)  # [s, b, n, d]
+    key, value = (torch.randn(11, 2, 2, 16, generator=generator) for _ in range(2))
+    cu_seqlens = torch.tensor([[0, 1, 9, 11, 11], [0, 11, 11, 11, 11]], dtype=torch.int32)
+    documents = Documents.from_cu_seqlens(cu_seqlens, 11)
+    out = core(layer)(query, key, value, None, packed_seq_params=documents)
+    for row, begin, end in ((0, 0, 1), (0, 1, 9), (0, 9, 11), (1, 0, 11)):
+        part = (slice(begin, end), slice(row, row + 1))
+        alone = core(layer)(query[part], key[part], value[part], None)
+        torch.testing.assert_close(out[part], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "message"),
+    [
+        ("attention_mask", "no mask and no bias"),
+        ("attention_bias", "no mask and no bias"),
+        ("packed_seq_params", "documents, not packed tokens"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(ignored: str, message: str) -> None:
     qkv = torch.zeros(3, 1, 2, 16)
     arguments = {"attention_mask": None, ignored: torch.zeros(1, 1, 3, 3)}
-    with pytest.raises(ValueError, match="no mask, bias or packed sequences"):
+    with pytest.raises(ValueError, match=message):
         core()(qkv, qkv, qkv, **arguments)
 
 
@@ -193,7 +268,7 @@ def test_what_would_be_ignored_is_refused(ignored: str) -> None:
     [
         ({"mask_type": AttnMaskType.padding}, "causal"),
         ({"attention_dropout": 0.1}, "dropout"),
-        ({"context_parallel_size": 2}, "does not split sequences"),
+        ({"context_parallel_size": 2}, "by None is not one of"),
     ],
     ids=["mask", "dropout", "context parallel"],
 )

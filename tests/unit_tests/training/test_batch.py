@@ -13,6 +13,7 @@ from tests.distributed.pool import RankPools
 
 BATCH, LENGTH = 2, 6
 KEYS = ["labels", "loss_mask", "position_ids", "tokens"]
+CU_SEQLENS = torch.tensor([[0, 2, 5, 6, 6, 6, 6], [0, 6, 6, 6, 6, 6, 6]], dtype=torch.int32)
 
 
 def sample() -> dict[str, Tensor]:
@@ -22,23 +23,34 @@ def sample() -> dict[str, Tensor]:
         "labels": tokens + 1,
         "loss_mask": (tokens % 3 != 0).float(),
         "position_ids": torch.arange(LENGTH).expand(BATCH, LENGTH).contiguous(),
+        "cu_seqlens": CU_SEQLENS.clone(),
+        "max_seqlen": torch.tensor([3, 6], dtype=torch.int32),
     }
 
 
 def receive(
-    rank: int, world_size: int, tensor: int, pipeline: int, data: bool = True
-) -> dict[str, Tensor | None] | str:
+    rank: int,
+    world_size: int,
+    tensor: int,
+    pipeline: int,
+    data: bool = True,
+    masking: bool = False,
+    context: int = 1,
+) -> dict[str, Any] | str:
     from megatron.core import parallel_state
     from megatron.training.global_vars import set_args
 
     from megatron_trinity.training.batch import next_batch
 
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
     )
     set_args(
         Namespace(
-            context_parallel_size=1,
+            context_parallel_size=context,
+            dataloader_inter_document_masking=masking,
             micro_batch_size=BATCH,
             eval_micro_batch_size=BATCH,
             seq_length=LENGTH,
@@ -54,7 +66,7 @@ def receive(
 
 def check(got: Any, present: list[str]) -> None:
     expected = sample()
-    assert sorted(got) == KEYS
+    assert sorted(got) == ["documents", *KEYS]
     assert sorted(key for key, tensor in got.items() if tensor is not None) == present
     for key in present:
         assert torch.equal(got[key], expected[key]), key
@@ -92,3 +104,26 @@ def test_pipeline_stages_get_what_they_use(ranks: RankPools, tensor: int, pipeli
 def test_a_reading_rank_without_data_is_told(ranks: RankPools) -> None:
     [message] = ranks.run(receive, 1, 1, False, world_size=1)
     assert message == "tensor-parallel rank 0 of this pipeline stage has no data"
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "context"), [(1, 4, 1), (2, 2, 1), (2, 1, 3)])
+def test_every_stage_gets_the_documents(
+    ranks: RankPools, tensor: int, pipeline: int, context: int
+) -> None:
+    batches = ranks.run(
+        receive, tensor, pipeline, True, True, context, world_size=tensor * pipeline * context
+    )
+    for batch in batches:
+        assert isinstance(batch, dict)
+        documents = batch["documents"]
+        assert documents.ids.tolist() == [[0, 0, 1, 1, 1, 2], [3] * 6]
+        assert documents.starts.tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6]
+        assert documents.lengths.tolist() == [2, 3, 1, 6]
+
+
+def test_context_parallel_ranks_get_two_chunks_each(ranks: RankPools) -> None:
+    batches = ranks.run(receive, 1, 1, True, False, 3, world_size=3)
+    for rank, batch in enumerate(batches):
+        assert isinstance(batch, dict)
+        for key in KEYS:
+            assert torch.equal(batch[key], sample()[key][:, [rank, 5 - rank]])

@@ -138,7 +138,14 @@ class Output(nn.Module):
         super().__init__()
         self.output = nn.Parameter(output)
 
-    def forward(self, tokens: Tensor, *_: Any, labels: Tensor, loss_mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        *_: Any,
+        labels: Tensor,
+        loss_mask: Tensor,
+        packed_seq_params: None,
+    ) -> Tensor:
         assert tokens.shape == labels.shape == loss_mask.shape == (BATCH, LENGTH)
         return self.output * 1
 
@@ -158,6 +165,7 @@ def step(
         context_parallel_size=1,
         micro_batch_size=BATCH,
         eval_micro_batch_size=BATCH,
+        dataloader_inter_document_masking=False,
         seq_length=LENGTH,
         pipeline_model_parallel_size=1,
         z_loss_coeff=Z_LOSS,

@@ -51,6 +51,7 @@ FINGERPRINTS: dict[str, str] = {
     ".state_dict": "6012401affabbd50",
     "megatron.core.tensor_parallel.mappings._gather_along_first_dim": "9ca7b839235cfbc3",
     "megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim": "f85c2232842ad481",
+    "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__": "a09f1ea5661fe43e",
     "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.add": "8da82893ff102dd6",
     "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork": "98066488ba7ec53a",
     "megatron.core.tensor_parallel.random._get_cuda_rng_state": "de1366f01102a03f",

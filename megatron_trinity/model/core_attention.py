@@ -1,0 +1,137 @@
+"""The core attention of the portable layer spec; needs neither a GPU nor Transformer Engine.
+
+Shapes: s tokens of a sequence on this rank, b batch, n query heads, g key/value heads, d head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_trinity.model.attention import causal_attention, window_attention
+from megatron_trinity.model.context_parallel import (
+    chunks_of,
+    exchange_windows,
+    gather_sequence,
+    heads_to_sequence,
+    sequence_to_heads,
+)
+from megatron_trinity.model.documents import Documents
+
+CP_COMM_TYPES = ("all_gather", "a2a")
+"""Ways of context parallelism: gather keys and values, or exchange sequence against heads."""
+
+
+class PortableCoreAttention(MegatronModule):
+    """Causal attention, in a window in local layers, within documents, over split sequences.
+
+    Takes the arguments of `megatron.core.transformer.dot_product_attention.DotProductAttention`
+    and of its Transformer Engine counterpart. A mask or a bias would be ignored, so they are
+    refused.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        if attn_mask_type != AttnMaskType.causal:
+            raise ValueError(f"Trinity's attention is causal; got {attn_mask_type}")
+        if config.attention_dropout:
+            raise ValueError("Trinity's attention has no dropout")
+        if config.context_parallel_size > 1 and cp_comm_type not in CP_COMM_TYPES:
+            raise ValueError(f"context parallelism by {cp_comm_type} is not one of {CP_COMM_TYPES}")
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            if pg_collection is None:
+                raise ValueError("context parallelism needs pg_collection")
+            self.cp_group = pg_collection.cp
+        self.cp_comm_type = cp_comm_type
+        self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        self.window = layer_window(config, layer_number)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """`[s, b, n, d]` queries and `[s, b, g, d]` keys and values to `[s, b, n * d]`."""
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("the portable core attention takes no mask and no bias")
+        starts = None
+        if packed_seq_params is not None:
+            if not isinstance(packed_seq_params, Documents):
+                raise ValueError("the portable core attention takes documents, not packed tokens")
+            starts = packed_seq_params.starts
+        if self.cp_group is None:
+            context = self._attend(query, key, value, starts)
+        elif self.cp_comm_type == "a2a":
+            q, k, v = (sequence_to_heads(t, self.cp_group) for t in (query, key, value))
+            context = heads_to_sequence(self._attend(q, k, v, starts), self.cp_group)
+        else:
+            context = self._attend_in_chunks(query, key, value, starts, self.cp_group)
+        return context.flatten(2)
+
+    def _attend_in_chunks(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        starts: Tensor | None,
+        group: ProcessGroup,
+    ) -> Tensor:
+        """Each of this rank's two chunks of queries over all keys that it can see."""
+        length = query.shape[0] // 2
+        chunks = chunks_of(group.rank(), group.size())
+        pairs = torch.cat([key, value], dim=-1)
+        if self.window is None:
+            whole = gather_sequence(pairs, group)
+            seen = tuple(whole[: (chunk + 1) * length] for chunk in chunks)
+        else:
+            seen = exchange_windows(pairs, self.window, group)
+        contexts = []
+        for chunk, rows, keys in zip(chunks, query.chunk(2), seen, strict=True):
+            first = (chunk + 1) * length - keys.shape[0]  # position of the first key
+            of_rows = None
+            if starts is not None:
+                of_rows = (starts[:, chunk * length : (chunk + 1) * length] - first).clamp(min=0)
+            k, v = keys.chunk(2, dim=-1)
+            contexts.append(self._attend(rows, k, v, of_rows))
+        return torch.cat(contexts)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None) -> Tensor:
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if self.window is None:
+            context = causal_attention(q, k, v, self.softmax_scale, starts)
+        else:
+            context = window_attention(q, k, v, self.window, self.softmax_scale, starts)
+        return context.permute(2, 0, 1, 3)
+
+
+def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
+    """Keys that a query of layer `layer_number` (1-based) sees, itself included; None if all."""
+    if not is_layer_window_attention(
+        config.window_size, config.window_attn_skip_freq, layer_number
+    ):
+        return None
+    left, _ = config.window_size
+    return left + 1

@@ -1,0 +1,41 @@
+"""A Trinity layer: Megatron's, whose router also knows the documents of the tokens it gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_trinity.model.context_parallel import this_rank_part
+from megatron_trinity.model.documents import Documents
+from megatron_trinity.moe.router import TrinityRouter
+
+
+class TrinityLayer(TransformerLayer):
+    """Megatron's layer hands documents to attention alone; the sequence-wise loss needs them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As `TransformerLayer.forward`."""
+        router = getattr(self.mlp, "router", None)
+        documents = kwargs.get("packed_seq_params")
+        if not isinstance(router, TrinityRouter) or not self.config.seq_aux_loss_coeff:
+            result: tuple[Tensor, Tensor | None] = super().forward(*args, **kwargs)
+            return result
+        self._tell(router, documents)
+        output, context = super().forward(*args, **kwargs)
+        if documents is not None and output.requires_grad:
+            # A recompute inside this layer's backward routes again, when the router has long had
+            # other micro-batches; the gradient of the output comes just ahead of it.
+            output.register_hook(lambda _: self._tell(router, documents))
+        return output, context
+
+    def _tell(self, router: TrinityRouter, documents: Documents | None) -> None:
+        if documents is None:
+            router.documents = None
+            return
+        ids = this_rank_part(documents.ids.T, self.pg_collection.cp)
+        if self.config.sequence_parallel:
+            tp = self.pg_collection.tp
+            ids = ids.chunk(tp.size())[tp.rank()]
+        router.documents = (ids, documents.lengths)
