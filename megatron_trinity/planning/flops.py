@@ -1,0 +1,106 @@
+"""Model FLOPs of Trinity: the matrix products that the model needs, whatever the machine does.
+
+A multiply-add is 2 FLOPs. Counted: projections of queries, gate, keys, values and output; logits
+and weighted values of the (query, key) pairs that attend to each other; dense MLPs, router, the
+routed experts that a token takes, shared experts; the LM head over the true vocabulary. Not
+counted: norms, softmax, RoPE and other elementwise work, and whatever is computed twice to save
+memory. Results are exact integers.
+
+They are asked for by tokens and pairs and not by batch, so that packed documents count as they
+are: `attended_pairs` turns the lengths of documents into pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from megatron_trinity.planning.sizes import LayerKind, ModelSizes
+
+BACKWARD = 2
+"""Backward has two products for each one of forward: gradients of inputs and of weights."""
+
+
+def attended_pairs(lengths: Sequence[int] | Any, window: int | None = None) -> int:
+    """(query, key) pairs that attend to each other in documents of the given lengths.
+
+    Token t of a document sees keys 0 ... t, or the last `window` of them: L(L + 1)/2 pairs for a
+    document of L tokens that fits the window, W(W + 1)/2 + (L - W)W for a longer one.
+
+    Args:
+        lengths: of the documents; integers in a sequence, an array or a tensor on any device.
+        window: keys that a query sees, itself included; None for all of them.
+    """
+    lengths = torch.as_tensor(lengths, dtype=torch.int64)
+    inside = lengths if window is None else lengths.clamp(max=window)
+    pairs = inside * (inside + 1) // 2 + (lengths - inside) * inside
+    return int(pairs.sum())
+
+
+def attention_projection_flops(sizes: ModelSizes, tokens: int) -> int:
+    """Queries, gate, keys and values from the hidden state, and the output back to it."""
+    heads = 3 * sizes.num_attention_heads + 2 * sizes.num_query_groups
+    return 2 * tokens * sizes.hidden_size * sizes.head_dim * heads
+
+
+def core_attention_flops(sizes: ModelSizes, pairs: int) -> int:
+    """Logits and weighted values, for every query head."""
+    return 2 * 2 * pairs * sizes.num_attention_heads * sizes.head_dim
+
+
+def dense_mlp_flops(sizes: ModelSizes, tokens: int) -> int:
+    """Gate, up and down of a dense layer."""
+    return 2 * tokens * 3 * sizes.hidden_size * sizes.ffn_hidden_size
+
+
+def moe_flops(sizes: ModelSizes, tokens: int) -> int:
+    """The router, and gate, up and down of the routed and shared experts that a token sees."""
+    experts = sizes.topk + sizes.num_shared_experts
+    per_token = sizes.num_experts + 3 * experts * sizes.moe_ffn_hidden_size
+    return 2 * tokens * sizes.hidden_size * per_token
+
+
+def lm_head_flops(sizes: ModelSizes, tokens: int) -> int:
+    """Logits over the true vocabulary."""
+    return 2 * tokens * sizes.hidden_size * sizes.vocab_size
+
+
+def layer_flops(
+    sizes: ModelSizes, kind: LayerKind, tokens: int, global_pairs: int, local_pairs: int
+) -> int:
+    """The forward pass of one decoder layer.
+
+    Args:
+        tokens: how many go through.
+        global_pairs, local_pairs: their `attended_pairs` without a window and with the model's.
+    """
+    return (
+        attention_projection_flops(sizes, tokens)
+        + core_attention_flops(sizes, global_pairs if kind.is_global else local_pairs)
+        + (moe_flops(sizes, tokens) if kind.is_moe else dense_mlp_flops(sizes, tokens))
+    )
+
+
+def stage_flops(
+    sizes: ModelSizes,
+    layers: Iterable[LayerKind],
+    has_lm_head: bool,
+    tokens: int,
+    global_pairs: int,
+    local_pairs: int,
+) -> int:
+    """The forward pass of a pipeline stage. Arguments as in `layer_flops`."""
+    flops = sum(layer_flops(sizes, kind, tokens, global_pairs, local_pairs) for kind in layers)
+    return flops + (lm_head_flops(sizes, tokens) if has_lm_head else 0)
+
+
+def forward_flops(sizes: ModelSizes, tokens: int, global_pairs: int, local_pairs: int) -> int:
+    """The forward pass of the whole model. Arguments as in `layer_flops`."""
+    return stage_flops(sizes, sizes.layer_kinds(), True, tokens, global_pairs, local_pairs)
+
+
+def training_flops(sizes: ModelSizes, tokens: int, global_pairs: int, local_pairs: int) -> int:
+    """Forward and backward pass of the whole model. Arguments as in `layer_flops`."""
+    return (1 + BACKWARD) * forward_flops(sizes, tokens, global_pairs, local_pairs)

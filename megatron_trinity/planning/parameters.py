@@ -1,0 +1,59 @@
+"""How many parameters a Trinity model has, and what their training state takes on a rank."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_trinity.planning.sizes import LayerKind, ModelSizes
+
+WEIGHT_BYTES = 2
+"""bf16."""
+GRADIENT_BYTES = 4
+"""fp32, accumulated over micro-batches and reduced."""
+OPTIMIZER_BYTES = 12
+"""fp32 weight and AdamW's two moments, each on one rank of those that hold the parameter. Muon has
+one moment, so for its matrices this is 4 bytes too many."""
+
+
+def layer_parameters(sizes: ModelSizes, kind: LayerKind, experts: int) -> int:
+    """Of one decoder layer, with `experts` routed experts if it is an MoE layer."""
+    d = sizes.hidden_size
+    heads = 3 * sizes.num_attention_heads + 2 * sizes.num_query_groups
+    attention = d * sizes.head_dim * heads + 2 * sizes.head_dim  # with the norms of q and k
+    norms = 4 * d
+    if not kind.is_moe:
+        return attention + norms + 3 * d * sizes.ffn_hidden_size
+    experts += sizes.num_shared_experts
+    return attention + norms + d * sizes.num_experts + 3 * d * sizes.moe_ffn_hidden_size * experts
+
+
+def total_parameters(sizes: ModelSizes, vocab_size: int | None = None) -> int:
+    """Of the whole model; `vocab_size` counts the rows that pad the vocabulary as well."""
+    return _parameters(sizes, sizes.num_experts, vocab_size)
+
+
+def active_parameters(sizes: ModelSizes) -> int:
+    """Those that one token meets: the experts that it takes, embedding and LM head."""
+    return _parameters(sizes, sizes.topk)
+
+
+def _parameters(sizes: ModelSizes, experts: int, vocab_size: int | None = None) -> int:
+    vocab_size = sizes.vocab_size if vocab_size is None else vocab_size
+    layers = sum(layer_parameters(sizes, kind, experts) for kind in sizes.layer_kinds())
+    return layers + sizes.hidden_size * (2 * vocab_size + 1)
+
+
+def training_state_bytes(
+    dense: int, expert: int, dense_ranks: int, expert_ranks: int, largest: int
+) -> int:
+    """Weights, gradients and sharded optimizer state of one rank, without activations.
+
+    Args:
+        dense, expert: parameters that the rank holds outside and inside of routed experts.
+        dense_ranks, expert_ranks: how many ranks share the optimizer state of each kind.
+        largest: parameters of the largest tensor. Megatron's sharding for Muon gives whole tensors
+            to ranks, so one of them has that much on top of an even share.
+    """
+    held = (WEIGHT_BYTES + GRADIENT_BYTES) * (dense + expert)
+    share = math.ceil(dense / dense_ranks) + math.ceil(expert / expert_ranks)
+    return held + OPTIMIZER_BYTES * (share + largest)
