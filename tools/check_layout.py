@@ -7,11 +7,10 @@ Any Megatron or Trinity flag makes a layout of your own; without one it is the r
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from megatron_trinity.errors import TrinityError, UsageError, run_command
@@ -73,41 +72,15 @@ def chosen_layouts(command: Namespace, flags: list[str]) -> tuple[Layout, ...]:
 
 def check_layout(layout: Layout, sample: int | None, workers: int) -> LayoutCheck:
     """Build the ranks of `layout`, all or `sample` of each stage."""
-    from megatron_trinity.planning.fake_ranks import parse_layout, sample_ranks
+    from megatron_trinity.planning.fake_ranks import build_ranks, parse_layout, sample_ranks
     from megatron_trinity.planning.layout_check import LayoutCheck
 
     args = parse_layout(layout.preset, layout.world_size, layout.flags)
     ranks = sample_ranks(args, sample) if sample else list(range(layout.world_size))
     check = LayoutCheck(args)
-    for built in with_progress(built_ranks(args, ranks, workers), len(ranks), layout.name):
+    for built in with_progress(build_ranks(args, ranks, workers), len(ranks), layout.name):
         check.add(built)
     return check
-
-
-def built_ranks(args: Namespace, ranks: Sequence[int], workers: int) -> Iterator[BuiltRank]:
-    """Build `ranks` in `workers` processes, in any order."""
-    from megatron_trinity.planning.fake_ranks import build_rank
-
-    if workers == 1:
-        yield from (build_rank(args, rank) for rank in ranks)
-        return
-    # Forks of this process, which has imported Megatron and opened no process group.
-    with multiprocessing.get_context("fork").Pool(workers, _set_arguments, (args,)) as pool:
-        yield from pool.imap_unordered(_build, ranks, chunksize=4)
-
-
-_args: Namespace
-
-
-def _set_arguments(args: Namespace) -> None:
-    global _args
-    _args = args
-
-
-def _build(rank: int) -> BuiltRank:
-    from megatron_trinity.planning.fake_ranks import build_rank
-
-    return build_rank(_args, rank)
 
 
 def with_progress(items: Iterable[BuiltRank], total: int, what: str) -> Iterator[BuiltRank]:

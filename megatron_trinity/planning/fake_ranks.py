@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ import torch.distributed as dist
 
 from megatron_trinity.errors import TrinityError, root_cause
 from megatron_trinity.planning.sizes import LayerKind
+from megatron_trinity.upstream import adapt_megatron
 
 DEFAULT_FLAGS = ("--train-iters", "1000000")
 """What Megatron asks for and no layout depends on."""
@@ -130,6 +133,17 @@ def sample_ranks(args: Namespace, per_stage: int) -> list[int]:
         for ranks in stage_ranks(args)
         for index in np.unique(np.linspace(0, len(ranks) - 1, per_stage).round().astype(int))
     ]
+
+
+def build_ranks(args: Namespace, ranks: Sequence[int], workers: int = 1) -> Iterator[BuiltRank]:
+    """`build_rank` for each of `ranks`, in any order where more than one process works on them."""
+    if workers == 1:
+        yield from (build_rank(args, rank) for rank in ranks)
+        return
+    # Fresh processes: by now this one may have threads, which a fork does not survive.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, initializer=adapt_megatron) as pool:
+        yield from pool.imap_unordered(partial(build_rank, args), ranks, chunksize=4)
 
 
 def build_rank(args: Namespace, rank: int) -> BuiltRank:

@@ -150,11 +150,11 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rank_that_does_not_build_is_named() -> None:
-    args = tiny(LAYOUTS["EP 8"])
-    args.num_query_groups = 5
+    args = tiny(LAYOUTS["TP 2"])
+    args.num_attention_heads = 7
     with pytest.raises(TrinityError) as failed:
         build_rank(args, 3)
-    assert str(failed.value).startswith("rank 3 does not build: ")
+    assert str(failed.value).startswith("rank 3 does not build: num_attention_heads (7)")
     assert "\n" not in str(failed.value)
     assert not dist.is_initialized()
 
