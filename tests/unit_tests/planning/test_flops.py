@@ -134,8 +134,7 @@ def counted_by_torch(rank: int, world_size: int, backward: bool) -> int:
 
 
 def test_a_real_model_multiplies_as_much(ranks: RankPools) -> None:
-    args = afmoe_config()
-    assert args.vocab_size == SMALL.vocab_size
+    assert ModelSizes.from_args(parse(afmoe_config())) == SMALL
     [forward] = ranks.run(counted_by_torch, False, world_size=1)
     [training] = ranks.run(counted_by_torch, True, world_size=1)
     assert forward == forward_flops(SMALL, tokens=48, global_pairs=0, local_pairs=0)
