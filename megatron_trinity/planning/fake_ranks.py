@@ -233,7 +233,7 @@ def _inspect(models: list[Any], groups: Any, rank: int) -> BuiltRank:
 def _chunk(model: Any) -> Chunk:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    from megatron_trinity.model.attention import layer_window
+    from megatron_trinity.model.core_attention import layer_window
 
     layers = tuple(
         (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_trinity.model.loss import Row
 from megatron_trinity.training.batch import next_batch
+from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -23,22 +24,29 @@ def forward_step(
     model: Any,
     *_: Any,
     record: MicroBatchRecord | None = None,
+    flops: StepFlops | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], Loss]]:
     """Run one micro-batch through this rank's part of the model.
 
     Args:
         record: where training micro-batches are noted.
+        flops: where the documents of training micro-batches are noted.
     Returns: the stage's output, and the function that makes a loss of it on the last stage. In
         evaluation the loss is the cross entropy, and nothing else is reported.
     """
-    batch = next_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    vp_stage = get_attr_wrapped_model(model, "vp_stage")
+    batch = next_batch(data_iterator, vp_stage)
+    documents = batch["documents"]
+    # Each virtual stage sees the same documents.
+    if flops is not None and documents is not None and torch.is_grad_enabled() and not vp_stage:
+        flops.note(documents.lengths)
     output = model(
         batch["tokens"],
         batch["position_ids"],
         None,  # attention mask: Trinity's core attention makes its own
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
-        packed_seq_params=batch["documents"],
+        packed_seq_params=documents,
     )
     mask = batch["loss_mask"]
     if not torch.is_grad_enabled():

@@ -16,11 +16,13 @@ from megatron_trinity.data.datasets import check_data, check_token_ids, train_va
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.config import model_config_from_args
 from megatron_trinity.training.balance import announce_balance
+from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.forward_step import forward_step
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.resume import check_checkpoint
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
+from megatron_trinity.upstream.flops import set_flop_counter
 from megatron_trinity.upstream.training_hooks import set_training_hooks
 
 
@@ -38,7 +40,8 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     settle_vocabulary(args)
     check_token_ids(args)
     check_checkpoint(args)
-    record = MicroBatchRecord()
+    record, flops = MicroBatchRecord(), StepFlops(args)
+    set_flop_counter(flops)
     set_training_hooks(StepObserver(args, record))
     model_config = model_config_from_args(args)
     model_config.pre_wrap_hooks.append(partial(announce_balance, args))
@@ -46,7 +49,7 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
         pretrain_cfg_container_from_args(args, model_config),
         train_valid_test_datasets,
         ModelType.encoder_or_decoder,
-        partial(forward_step, record=record),
+        partial(forward_step, record=record, flops=flops),
     )
 
 

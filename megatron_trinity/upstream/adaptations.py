@@ -131,6 +131,18 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         apply=_install("training_hooks"),
     ),
     Adaptation(
+        name="flops",
+        symbols=(
+            "megatron.training.training.num_floating_point_operations",
+            "megatron.training.training.consume_seqlen_stats_in_iteration",
+        ),
+        reason="Megatron's count of FLOPs knows neither windows nor the output gate",
+        written_for=_CORE,
+        remove_when="the loop asks the model for its FLOPs",
+        when="always",
+        apply=_install("flops"),
+    ),
+    Adaptation(
         name="checkpoint-tracker",
         symbols=("megatron.training.checkpointing.maybe_msc",),
         reason="a full disk leaves the pointer to the newest checkpoint empty",

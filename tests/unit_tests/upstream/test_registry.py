@@ -61,6 +61,8 @@ FINGERPRINTS: dict[str, str] = {
     "megatron.training.checkpointing._build_sharded_state_dict_metadata": "2dce8ee48675ed63",
     "megatron.training.datasets.data_samplers.build_pretraining_data_loader": "b6568c175ebdb18c",
     "megatron.training.initialize.initialize_megatron": "8fe56d11efb14104",
+    "megatron.training.training.consume_seqlen_stats_in_iteration": "d3e918d3862cfdbd",
+    "megatron.training.training.num_floating_point_operations": "8b304ea7e2ac3ff2",
     "megatron.training.training.train_step": "24a1feeb0a08d846",
     "megatron.training.training.training_log": "2da9e48509db96c4",
 }
