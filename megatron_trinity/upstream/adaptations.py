@@ -251,10 +251,13 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
     ),
     Adaptation(
         name="norm-recompute",
-        symbols=("megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",),
-        reason="selective recompute of norms asks Transformer Engine where there is none",
+        symbols=(
+            "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",
+            "megatron.core.tensor_parallel.random._get_share_storage",
+        ),
+        reason="selective recompute of norms needs Transformer Engine, or a compiler",
         written_for=_CORE,
-        remove_when="CheckpointWithoutOutput asks only where Transformer Engine is installed",
+        remove_when="CheckpointWithoutOutput needs neither",
         when="always",
         apply=_install("norm_recompute"),
     ),

@@ -1,9 +1,11 @@
 """Selective recompute of norms without Transformer Engine.
 
 Reason: `CheckpointWithoutOutput` takes its default, no fp8, for fp8, and then asks Transformer
-Engine about it: a NameError where that is not installed.
+Engine about it: a NameError where that is not installed. And it compiles a C++ extension while it
+trains, which needs a compiler, ninja and an environment whose path has no space.
 Written for: megatron-core 0.19.2.
-Remove when: `CheckpointWithoutOutput` asks only where Transformer Engine is installed.
+Remove when: `CheckpointWithoutOutput` asks only where Transformer Engine is installed, and compiles
+nothing.
 """
 
 from __future__ import annotations
@@ -11,11 +13,21 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import random as megatron_random
+
+from megatron_trinity.upstream.registry import rebind
+
+
+def _copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Give `target`, whose storage was emptied, the bytes of `source`; autograd does not notice."""
+    storage = source.untyped_storage()
+    target.untyped_storage().resize_(storage.nbytes())
+    target.untyped_storage().copy_(storage)
 
 
 def install() -> None:
-    """Without Transformer Engine nothing is fp8."""
+    """Without Transformer Engine nothing is fp8, and the output of a norm is copied, not shared."""
     if megatron_random.HAVE_TE:
         return
     original = megatron_random.CheckpointWithoutOutput.__init__
@@ -26,3 +38,4 @@ def install() -> None:
         self.fp8 = False
 
     megatron_random.CheckpointWithoutOutput.__init__ = __init__
+    rebind(megatron_random._get_share_storage, lambda: _copy_storage)

@@ -55,6 +55,7 @@ FINGERPRINTS: dict[str, str] = {
     "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.add": "8da82893ff102dd6",
     "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork": "98066488ba7ec53a",
     "megatron.core.tensor_parallel.random._get_cuda_rng_state": "de1366f01102a03f",
+    "megatron.core.tensor_parallel.random._get_share_storage": "743578801538417c",
     "megatron.core.tensor_parallel.random._set_cuda_rng_state": "5a49a6e91b14818e",
     "megatron.core.tensor_parallel.random.model_parallel_cuda_manual_seed": "40faa191065121d1",
     "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu": "d48cb2407326de4b",
