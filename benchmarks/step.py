@@ -189,7 +189,8 @@ class Peer:
         import torch
 
         self._optimizer.zero_grad()
-        loss = self._model(batch["tokens"], shift_labels=batch["labels"], labels=batch["labels"]).loss
+        labels = batch["labels"]
+        loss = self._model(batch["tokens"], shift_labels=labels, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
         self._optimizer.step()
@@ -238,7 +239,7 @@ def alternate(
     cpu: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warm_up + steps):
         batch = next(data)
-        for name in list(sides) if number % 2 else reversed(sides):
+        for name in list(sides) if number % 2 else list(sides)[::-1]:
             began, cpu_began = time.perf_counter(), time.process_time()
             sides[name](batch)
             wall[name].append(time.perf_counter() - began)
