@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_trinity.errors import UsageError
-from megatron_trinity.model.core_attention import CP_COMM_TYPES
+from megatron_trinity.model.architecture import CP_COMM_TYPES
 from megatron_trinity.moe.balancing import SIGN_DEFAULT, SMEBU_DEFAULTS
 
 

@@ -1,6 +1,9 @@
-"""The formulas of the architecture that need no tensors."""
+"""What there is to know of the architecture without tensors: its formulas and its choices."""
 
 from __future__ import annotations
+
+CP_COMM_TYPES = ("all_gather", "a2a")
+"""Ways of context parallelism: gather keys and values, or exchange sequence against heads."""
 
 
 def layer_is_global(layer: int, every: int) -> bool:

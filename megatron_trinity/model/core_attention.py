@@ -15,6 +15,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_trinity.model.architecture import CP_COMM_TYPES
 from megatron_trinity.model.attention import causal_attention, window_attention
 from megatron_trinity.model.context_parallel import (
     chunks_of,
@@ -24,9 +25,6 @@ from megatron_trinity.model.context_parallel import (
     sequence_to_heads,
 )
 from megatron_trinity.model.documents import Documents
-
-CP_COMM_TYPES = ("all_gather", "a2a")
-"""Ways of context parallelism: gather keys and values, or exchange sequence against heads."""
 
 
 class PortableCoreAttention(MegatronModule):

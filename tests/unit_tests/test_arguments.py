@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -269,3 +270,12 @@ def parse_the_process(rank: int, world_size: int) -> Namespace:
         return parse_arguments()
     finally:
         sys.argv = saved
+
+
+def test_flags_and_refusals_do_not_load_megatron_core() -> None:
+    """It takes longer than all the rest of a command's start, and has to be adapted first."""
+    program = "import sys, megatron_trinity.arguments; print('megatron.core' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
