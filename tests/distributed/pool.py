@@ -32,6 +32,9 @@ START_TIMEOUT = 300.0  # seconds; a cold disk makes the imports slow
 GRACE = 2.0
 STACK_WAIT = 0.3
 LOG_TAIL = 4000  # characters
+# Of one rank. A training run can leave process groups that Megatron or torch still refers to,
+# with three threads each, and every later call is slower for them.
+MAX_THREADS = 500
 
 _FORK_SERVER_ENVIRONMENT = {
     # It finds tests.distributed.preload by this: not every 3.12 hands it our sys.path.
@@ -89,6 +92,10 @@ class RankPool:
 
     def is_alive(self) -> bool:
         return all(process.is_alive() for process in self._processes)
+
+    def is_worn(self) -> bool:
+        """Whether one of the living ranks has more threads than it should have."""
+        return any(len(os.listdir(f"/proc/{pid}/task")) > MAX_THREADS for pid in self.pids)
 
     def run(
         self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float
@@ -185,7 +192,7 @@ class RankPool:
 
 
 class RankPools:
-    """A pool for each world size, started when first needed and again after it was lost."""
+    """A pool for each world size, started when first needed, and again when lost or worn."""
 
     def __init__(self) -> None:
         self._pools: dict[int, RankPool] = {}
@@ -216,7 +223,7 @@ class RankPools:
 
     def pool(self, world_size: int) -> RankPool:
         pool = self._pools.get(world_size)
-        if pool is not None and not pool.is_alive():
+        if pool is not None and (not pool.is_alive() or pool.is_worn()):
             pool.close()
             pool = None
         if pool is None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from tests.distributed.pool import RankError, RankPools
+from tests.distributed.pool import MAX_THREADS, RankError, RankPools
 
 
 def rank_and_size(rank: int, world_size: int, offset: int) -> tuple[int, int, int]:
@@ -24,6 +25,12 @@ def all_reduced_sum(rank: int, world_size: int) -> torch.Tensor:
 
 def process_id(rank: int, world_size: int) -> int:
     return os.getpid()
+
+
+def leave_threads(rank: int, world_size: int, number: int) -> None:
+    if rank == world_size - 1:
+        for _ in range(number):
+            threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 
 
 def random_number(rank: int, world_size: int) -> float:
@@ -85,6 +92,16 @@ def test_the_same_processes_serve_every_call(ranks: RankPools) -> None:
     first = ranks.run(process_id, world_size=4)
     assert len(set(first)) == 4
     assert ranks.run(process_id, world_size=4) == first
+
+
+@pytest.mark.parametrize(("number", "renewed"), [(MAX_THREADS // 3, False), (MAX_THREADS, True)])
+def test_ranks_that_keep_too_many_threads_are_renewed(
+    ranks: RankPools, number: int, renewed: bool
+) -> None:
+    ranks.pool(2).close()  # a pool of its own, without threads of earlier calls
+    first = ranks.run(process_id, world_size=2)
+    ranks.run(leave_threads, number, world_size=2)
+    assert (set(ranks.run(process_id, world_size=2)) != set(first)) == renewed
 
 
 def test_a_call_leaves_no_state_to_the_next(ranks: RankPools) -> None:

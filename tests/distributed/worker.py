@@ -95,7 +95,7 @@ def _end_with_pytest() -> None:
 
 
 def load_megatron() -> None:
-    """Adapt Megatron and import it, in the order in which the entry point does."""
+    """Adapt Megatron and import it and the trainer, in the order in which the entry point does."""
     import torch
 
     from megatron_trinity.upstream import adapt_megatron
@@ -103,6 +103,9 @@ def load_megatron() -> None:
     torch.set_num_threads(1)
     adapt_megatron()
     importlib.import_module("megatron.training.training")
+    # What a first training run would import else, for seconds on every rank.
+    importlib.import_module("megatron_trinity.training.pretrain")
+    importlib.import_module("torch._dynamo")
 
 
 def _answer(request: bytes, rank: int, world_size: int) -> bytes:
