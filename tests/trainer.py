@@ -14,6 +14,10 @@ from tests.trinity import afmoe_config
 
 VOCAB_SIZE = 160
 SEQUENCE = 32
+FULL_RECOMPUTE = (
+    *("--recompute-granularity", "full"),
+    *("--recompute-method", "uniform", "--recompute-num-layers", "1"),
+)
 
 
 def write_dataset(prefix: Path, documents: int = 120, seed: int = 3) -> None:

@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_trinity.errors import TrinityError, UsageError, run_command
@@ -99,7 +99,7 @@ def with_progress(items: Iterable[BuiltRank], total: int, what: str) -> Iterator
             print(f"{what}: {done} of {total} ranks built", file=sys.stderr, flush=True)
 
 
-def report(layout: Layout, check: LayoutCheck, seconds: float) -> None:
+def report(layout: Layout, check: LayoutCheck, problems: Sequence[str], seconds: float) -> None:
     """Print the stages and what holds."""
     args = check.args
     print(
@@ -117,7 +117,6 @@ def report(layout: Layout, check: LayoutCheck, seconds: float) -> None:
     if check.expected != check.parameters():
         print(f"parameters of the model: {check.expected:,}")
     cover = "every value on as many ranks" if check.is_complete else "not judged from a sample"
-    problems = check.problems()
     print("\n".join(f"wrong: {problem}" for problem in problems) or f"all right; cover: {cover}")
     print()
 
@@ -140,9 +139,11 @@ def main() -> None:
     for layout in layouts:
         start = time.monotonic()
         check = check_layout(layout, command.sample, command.workers)
-        report(layout, check, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        problems = check.problems()
+        report(layout, check, problems, seconds)
         summary.append(summary_row(layout.preset, check))
-        wrong += [f"{layout.name}: {problem}" for problem in check.problems()]
+        wrong += [f"{layout.name}: {problem}" for problem in problems]
     if command.all:
         print("\n".join([SUMMARY_HEAD, *summary]))
     if wrong:

@@ -12,6 +12,7 @@ from megatron.training.argument_utils import (
     gpt_config_from_args,
 )
 from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_trinity.moe.balancing import SMEBU_DEFAULTS
 
@@ -63,3 +64,14 @@ def model_config_from_args(args: Namespace) -> TrinityModelConfig:
     )
     model_config.true_vocab_size = args.vocab_size
     return model_config
+
+
+def padded_vocab_size(args: Namespace) -> int:
+    """Rows of embedding and LM head: the true vocabulary, padded to divide over tensor ranks."""
+    size: int = calculate_padded_vocab_size(
+        args.vocab_size,
+        args.make_vocab_size_divisible_by,
+        args.tensor_model_parallel_size,
+        logging_enabled=False,
+    )
+    return size

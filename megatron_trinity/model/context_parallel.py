@@ -28,19 +28,24 @@ def chunks_of(rank: int, ranks: int) -> tuple[int, int]:
 
 def to_zigzag(tensor: Tensor, ranks: int) -> Tensor:
     """Reorder dimension 0 from the order of the sequence to that of the ranks."""
-    order = [chunk for rank in range(ranks) for chunk in chunks_of(rank, ranks)]
-    return _reorder(tensor, order)
+    return _reorder(tensor, _held(ranks))
 
 
 def from_zigzag(tensor: Tensor, ranks: int) -> Tensor:
     """The inverse of `to_zigzag`."""
-    held = [chunk for rank in range(ranks) for chunk in chunks_of(rank, ranks)]
+    held = _held(ranks)
     return _reorder(tensor, [held.index(chunk) for chunk in range(2 * ranks)])
 
 
 def this_rank_part(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """`[s, ...]` to the `[s / N, ...]` of this rank."""
-    return to_zigzag(tensor, group.size()).chunk(group.size())[group.rank()]
+    chunks = tensor.chunk(2 * group.size())
+    return torch.cat([chunks[chunk] for chunk in chunks_of(group.rank(), group.size())])
+
+
+def _held(ranks: int) -> list[int]:
+    """The chunks of all ranks, one rank after another."""
+    return [chunk for rank in range(ranks) for chunk in chunks_of(rank, ranks)]
 
 
 def _reorder(tensor: Tensor, order: list[int]) -> Tensor:

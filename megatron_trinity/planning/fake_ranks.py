@@ -90,19 +90,13 @@ def parse_layout(preset: str, world_size: int, flags: Sequence[str]) -> Namespac
     Raises:
         UsageError: the trainer would refuse them.
     """
-    from megatron.training.vocab_utils import calculate_padded_vocab_size
-
     from megatron_trinity.arguments import parse_arguments
+    from megatron_trinity.model.config import padded_vocab_size
 
     # Megatron prints every argument.
     with _environment(RANK="0", WORLD_SIZE=str(world_size)), _quiet():
         args = parse_arguments(["--preset", preset, *DEFAULT_FLAGS, *flags])
-    args.padded_vocab_size = calculate_padded_vocab_size(
-        args.vocab_size,
-        args.make_vocab_size_divisible_by,
-        args.tensor_model_parallel_size,
-        logging_enabled=False,
-    )
+    args.padded_vocab_size = padded_vocab_size(args)
     return args
 
 

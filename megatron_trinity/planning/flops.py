@@ -39,6 +39,11 @@ def attended_pairs(lengths: Sequence[int] | Any, window: int | None = None) -> i
     return int(pairs.sum())
 
 
+def pairs_of_layers(sizes: ModelSizes, lengths: Sequence[int] | Any) -> tuple[int, int]:
+    """`attended_pairs` in a global and in a local layer."""
+    return attended_pairs(lengths), attended_pairs(lengths, sizes.window)
+
+
 def attention_projection_flops(sizes: ModelSizes, tokens: int) -> int:
     """Queries, gate, keys and values from the hidden state, and the output back to it."""
     heads = 3 * sizes.num_attention_heads + 2 * sizes.num_query_groups

@@ -6,13 +6,13 @@ import math
 from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
 
 from megatron_trinity.planning.fake_ranks import Box, BuiltRank, Chunk, stage_ranks
-from megatron_trinity.planning.flops import attended_pairs, forward_flops, stage_flops
+from megatron_trinity.planning.flops import forward_flops, pairs_of_layers, stage_flops
 from megatron_trinity.planning.parameters import total_parameters, training_state_bytes
 from megatron_trinity.planning.sizes import ModelSizes
 
@@ -61,7 +61,7 @@ class LayoutCheck:
         """Take in one more rank."""
         self._boxes.update(built.boxes)
         # Boxes are many, and by now counted.
-        self._stages[built.stage].append(_without_boxes(built))
+        self._stages[built.stage].append(replace(built, boxes=()))
 
     @property
     def built(self) -> int:
@@ -86,7 +86,7 @@ class LayoutCheck:
     def stages(self) -> list[Stage]:
         """The stages that have a rank, in order."""
         length = self.args.seq_length
-        batch = (length, attended_pairs([length]), attended_pairs([length], self.sizes.window))
+        batch = (length, *pairs_of_layers(self.sizes, [length]))
         mean = forward_flops(self.sizes, *batch) / len(self.ranks_of_stage)
         stages = []
         for number, ranks in sorted(self._stages.items()):
@@ -188,10 +188,6 @@ def _fewest_and_most(parts: list[tuple[Box, int]]) -> tuple[int, int]:
         behind = (np.searchsorted(edge, at) for edge, at in zip(edges, box.stop, strict=True))
         held[tuple(slice(a, b) for a, b in zip(first, behind, strict=True))] += count
     return int(held.min()), int(held.max())
-
-
-def _without_boxes(built: BuiltRank) -> BuiltRank:
-    return BuiltRank(**{**vars(built), "boxes": ()})
 
 
 def _describe(chunk: Chunk) -> str:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_trinity.planning.flops import attended_pairs, training_flops
+from megatron_trinity.planning.flops import pairs_of_layers, training_flops
 from megatron_trinity.planning.sizes import ModelSizes
 
 
@@ -37,7 +37,7 @@ class StepFlops:
             return None, None
         lengths = torch.cat(self._lengths)
         self._lengths.clear()
-        counts = lengths.new_tensor([int(lengths.sum()), *self._pairs(lengths)])
+        counts = lengths.new_tensor([int(lengths.sum()), *pairs_of_layers(self._sizes, lengths)])
         dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
         tokens, global_pairs, local_pairs = counts.tolist()
         return tokens, (global_pairs, local_pairs)
@@ -45,10 +45,7 @@ class StepFlops:
     def flops(self, sequences: int, first: int | None, second: tuple[int, int] | None) -> float:
         """Of a step over all ranks; `first` and `second` are what `consume` gave."""
         if first is None or second is None:
-            global_pairs, local_pairs = self._pairs(torch.tensor([self._length]))
+            global_pairs, local_pairs = pairs_of_layers(self._sizes, [self._length])
             first = sequences * self._length
             second = (sequences * global_pairs, sequences * local_pairs)
         return float(training_flops(self._sizes, first, *second))
-
-    def _pairs(self, lengths: Tensor) -> tuple[int, int]:
-        return attended_pairs(lengths), attended_pairs(lengths, self._sizes.window)

@@ -6,9 +6,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron.training import get_tokenizer
-from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_trinity.errors import UsageError
+from megatron_trinity.model.config import padded_vocab_size
 
 
 def check_tokenizer_path(args: Namespace) -> None:
@@ -45,9 +45,4 @@ def settle_vocabulary(args: Namespace) -> None:
             f"the tokenizer has {entries} entries, the model {args.vocab_size}; "
             f"use --vocab-size {entries} or another tokenizer"
         )
-    args.padded_vocab_size = calculate_padded_vocab_size(
-        args.vocab_size,
-        args.make_vocab_size_divisible_by,
-        args.tensor_model_parallel_size,
-        logging_enabled=False,
-    )
+    args.padded_vocab_size = padded_vocab_size(args)

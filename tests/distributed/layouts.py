@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from itertools import combinations
 
+from tests.trainer import FULL_RECOMPUTE
+
 GLOBAL_BATCH = 16
 HEADS, QUERY_GROUPS = 8, 4
 MAX_RANKS = 8
@@ -55,10 +57,7 @@ FEATURES: dict[str, dict[str, tuple[str, ...]]] = {
         "micro-batch 4": ("--micro-batch-size", "4"),
     },
     "recompute": {
-        "full recompute": (
-            *("--recompute-granularity", "full", "--recompute-method", "uniform"),
-            *("--recompute-num-layers", "1"),
-        ),
+        "full recompute": FULL_RECOMPUTE,
         "selective recompute": (
             *("--recompute-granularity", "selective"),
             *("--recompute-modules", "core_attn", "moe", "layernorm"),

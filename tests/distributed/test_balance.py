@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.distributed.pool import RankPools
 from tests.trainer import (
+    FULL_RECOMPUTE,
     SEQUENCE,
     checkpoint_contents,
     logged,
@@ -115,10 +116,7 @@ def test_training_over_four_ranks(ranks: RankPools, data: Path, tmp_path: Path, 
 ALIKE = {
     "micro-batches of 1": ("--micro-batch-size", "1"),
     "micro-batches of 8": ("--micro-batch-size", "8"),
-    "full recompute": (
-        *("--recompute-granularity", "full", "--recompute-method", "uniform"),
-        *("--recompute-num-layers", "1"),
-    ),
+    "full recompute": FULL_RECOMPUTE,
     "recompute of experts": ("--recompute-granularity", "selective", "--recompute-modules", "moe"),
     "recompute of attention": (
         *("--recompute-granularity", "selective", "--recompute-modules", "core_attn"),

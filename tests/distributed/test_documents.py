@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.pool import RankPools
+from tests.trainer import FULL_RECOMPUTE
 from tests.trinity import afmoe_config, build, parse
 
 LENGTH = 32
@@ -16,10 +17,7 @@ LENGTH = 32
 MICRO_BATCHES = ([[1, 30, 1], [32]], [[9, 16, 7], [3, 2, 1, 26]])
 RECOMPUTE: dict[str, tuple[str, ...]] = {
     "none": (),
-    "full": (
-        *("--recompute-granularity", "full", "--recompute-method", "uniform"),
-        *("--recompute-num-layers", "1"),
-    ),
+    "full": FULL_RECOMPUTE,
     "experts": ("--recompute-granularity", "selective", "--recompute-modules", "moe"),
     "attention and norms": (
         *("--recompute-granularity", "selective"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.distributed.pool import RankPools
 from tests.trainer import (
+    FULL_RECOMPUTE,
     VOCAB_SIZE,
     checkpoint_contents,
     logged,
@@ -23,15 +24,11 @@ STEPS = 3
 GLOBAL_VALUES = ("lm loss", "z loss", "mean logit", "max logit")
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 PP2 = ("--pipeline-model-parallel-size", "2")
-RECOMPUTE = (
-    *("--recompute-granularity", "full"),
-    *("--recompute-method", "uniform", "--recompute-num-layers", "1"),
-)
 # World size, micro-batch size and further flags; the reference is one rank with micro-batches of 2.
 CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "micro-batch 1": (1, 1, ()),
     "micro-batch 4": (1, 4, ()),
-    "recompute": (1, 2, RECOMPUTE),
+    "recompute": (1, 2, FULL_RECOMPUTE),
     "DP 2": (2, 2, ()),
     "DP 2, micro-batch 4": (2, 4, ()),
     "TP 2, SP": (2, 2, TP2),
