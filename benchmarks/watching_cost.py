@@ -115,13 +115,13 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
     class EverySecond(observer.StepObserver):
         """Watches every second step, and times it."""
 
-        def step_ended(self, model: Sequence[Any], applied: bool) -> None:
+        def step_ended(self, model: Sequence[Any], optimizer: Any, applied: bool) -> None:
             if not is_watched(self._iteration):
                 with watch.part("balancing"):
                     balance_experts(model, self._args.num_layers, applied)
                 return
             with watch.part("step_ended"):
-                super().step_ended(model, applied)
+                super().step_ended(model, optimizer, applied)
 
         def values(self) -> Mapping[str, float]:
             if not is_watched(self._iteration):

@@ -17,6 +17,7 @@ import torch
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.architecture import initializer_sigma, moe_pattern, no_rope_pattern
 from megatron_trinity.moe.balancing import RULES, SIGN_DEFAULT, SMEBU_DEFAULTS
+from megatron_trinity.optimizer.arguments import add_optimizer_arguments, derive_schedule
 from megatron_trinity.presets import apply_preset, preset_names
 from megatron_trinity.upstream import refuse_cuda_only_arguments, set_cpu_defaults
 from megatron_trinity.validation import validate
@@ -58,6 +59,9 @@ TRINITY_DEFAULTS = {
     "log_memory_to_tensorboard": True,
     "log_timers_to_tensorboard": True,
     "moe_token_dispatcher_type": "alltoall",
+    "muon_momentum": 0.95,
+    "muon_scale_mode": "shape_scaling",  # report, eq. 41
+    "muon_tp_mode": "duplicated",
     "tokenizer_type": "HuggingFaceTokenizer",
     "transformer_impl": "local",
 }
@@ -206,10 +210,11 @@ def derive_megatron_arguments(args: argparse.Namespace) -> None:
     if args.init_method_std is None and args.hidden_size is not None:
         args.init_method_std = initializer_sigma(args.hidden_size)
     args.weight_init_seed = args.seed
+    derive_schedule(args)
 
 
 def _complete_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    trinity_flags = add_trinity_arguments(parser)
+    trinity_flags = add_trinity_arguments(parser) | add_optimizer_arguments(parser)
     parser.description = "Train a Trinity model with Megatron-Core."
     parser.epilog = EXAMPLE
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

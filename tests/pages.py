@@ -40,8 +40,8 @@ def layouts() -> str:
 
 From the same initial weights and global batches, each layout below gives what one rank gives: every
 logged loss, the gradient norm and the load of the experts to 1e-6 relative in each of three steps;
-after them every weight and expert bias to 1e-5, and every first moment of AdamW, which is a sum of
-the gradients, to 1e-5 of its norm; all in fp32 (`tests/distributed/test_layouts.py`). Expert
+after them every weight and expert bias to 1e-5, and every first moment and momentum, which are sums
+of the gradients, to 1e-5 of its norm; all in fp32 (`tests/distributed/test_layouts.py`). Expert
 balancing, the sequence-wise loss and z-loss are on. With Muon gradients and their norm are held to
 4e-5 from the second step on: Newton-Schulz stretches rounding errors of gradients that lack rank.
 

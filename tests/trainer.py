@@ -57,8 +57,7 @@ def training_flags(data: Path, *flags: str) -> list[str]:
         "--eval-interval": "1000",
         "--log-interval": "1",
         "--num-workers": "0",
-        "--muon-scale-mode": "shape_scaling",
-        "--muon-tp-mode": "duplicated",
+        "--adamw-lr": "1e-3",
     }
     words = [word for pair in run.items() for word in pair]
     return [*flags_from_hf_config(config), *words, *flags]

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from torch import Tensor, nn
+
+from megatron_trinity.errors import TrinityError
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,28 @@ class Shard:
         for axis, size in enumerate(self.data.shape):
             whole = whole.narrow(axis, self.offset[self.leading_axes + axis], size)
         return whole
+
+
+def parameter_parts(model: MegatronModule) -> Iterator[tuple[nn.Parameter, list[ShardedTensor]]]:
+    """Every trainable parameter of `model`, with the parts of canonical tensors that it holds.
+
+    The data of a part is a view of the parameter: of all of it, or of its gate or up rows.
+
+    Raises:
+        TrinityError: a parameter is not in the model's sharded state dict.
+    """
+    entries = {id(entry.data): entry for entry in _entries(model.sharded_state_dict())}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) not in entries:
+            raise TrinityError(f"{name} has no place in the model's sharded state dict")
+        yield parameter, list(_sharded_tensors(entries[id(parameter)]))
+
+
+def local_row(view: Tensor, parameter: Tensor) -> int:
+    """The row of `parameter` with which `view`, whole rows of it, begins."""
+    return int((view.storage_offset() - parameter.storage_offset()) // parameter.stride(0))
 
 
 def model_shards(model: MegatronModule) -> Iterator[Shard]:
@@ -93,14 +118,18 @@ def whole_tensors(model: MegatronModule) -> dict[str, Tensor]:
 
 
 def _sharded_tensors(state: object) -> Iterator[ShardedTensor]:
-    if isinstance(state, ShardedTensor):
-        yield state
-    elif isinstance(state, ShardedTensorFactory):
+    for entry in _entries(state):
         # Gate and up are one tensor on a rank; the factory gives views of the two halves.
-        yield from _sharded_tensors(state.build())
+        yield from _entries(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+
+
+def _entries(state: object) -> Iterator[Any]:
+    """Sharded tensors, and factories of them, in a nested state dict."""
+    if isinstance(state, ShardedTensor | ShardedTensorFactory):
+        yield state
     elif isinstance(state, dict):
         for value in state.values():
-            yield from _sharded_tensors(value)
+            yield from _entries(value)
     elif isinstance(state, list):
         for value in state:
-            yield from _sharded_tensors(value)
+            yield from _entries(value)

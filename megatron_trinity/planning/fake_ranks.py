@@ -66,7 +66,7 @@ class BuiltRank:
         stage: its pipeline rank.
         dense, expert: parameters outside and inside of routed experts.
         dense_ranks, expert_ranks: ranks that share the optimizer state of each kind.
-        largest: parameters of its largest tensor.
+        largest: parameters of its largest tensor that stays whole where state is sharded.
         unique: its parameters, each divided by the number of ranks that hold the same ones; over
             all ranks this sums to the number of parameters of the model.
         boxes: its part of every parameter.
@@ -218,7 +218,9 @@ def _inspect(models: list[Any], groups: Any, rank: int) -> BuiltRank:
         expert=expert,
         dense_ranks=groups.intra_dp_cp.size(),
         expert_ranks=groups.intra_expt_dp.size(),
-        largest=max(p.numel() for model in models for p in model.parameters()),
+        largest=max(
+            (p.numel() for model in models for p in model.parameters() if not _is_cut(p)), default=0
+        ),
         unique=unique,
         boxes=tuple(box for model in models for box in _boxes(model)),
     )
@@ -273,3 +275,8 @@ def _environment(**variables: str) -> Iterator[None]:
 
 def _quiet() -> contextlib.AbstractContextManager[Any]:
     return contextlib.redirect_stdout(io.StringIO())
+
+
+def _is_cut(parameter: torch.nn.Parameter) -> bool:
+    """Whether sharding cuts it by rows: what AdamW updates, of which embedding and output count."""
+    return bool(getattr(parameter, "is_embedding_or_output_parameter", False))

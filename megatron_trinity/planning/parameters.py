@@ -51,8 +51,8 @@ def training_state_bytes(
     Args:
         dense, expert: parameters that the rank holds outside and inside of routed experts.
         dense_ranks, expert_ranks: how many ranks share the optimizer state of each kind.
-        largest: parameters of the largest tensor. Megatron's sharding for Muon gives whole tensors
-            to ranks, so one of them has that much on top of an even share.
+        largest: parameters of the largest tensor that Muon updates. Those are whole on their ranks,
+            so one of them has at most that much on top of an even share.
     """
     held = (WEIGHT_BYTES + GRADIENT_BYTES) * (dense + expert)
     share = math.ceil(dense / dense_ranks) + math.ceil(expert / expert_ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
@@ -34,9 +35,11 @@ class StepObserver:
         self._alarms = Alarms(args.alarm_window)
         self._sequence_loss: dict[str, float] = {}
         self._interval: list[Mapping[str, float]] = []
+        self._rates: Mapping[str, float] = {}
 
-    def step_ended(self, model: Sequence[Any], applied: bool) -> None:
+    def step_ended(self, model: Sequence[Any], optimizer: Any, applied: bool) -> None:
         """Balance the experts, gather, write, and watch."""
+        self._rates = other_rates(optimizer.param_groups)
         balance = balance_experts(model, self._args.num_layers, applied)
         metrics = load_metrics(balance.counts, balance.bias)
         layers = by_layer(metrics, balance.layers)
@@ -44,7 +47,7 @@ class StepObserver:
         if self._args.seq_aux_loss_coeff:
             self._sequence_loss = {"sequence loss": self._mean_sequence_loss(balance)}
         self._interval.append(values)
-        self._write({**values, **layers})
+        self._write({**values, **layers, **self._rates})
         watched = {name: v for name, v in layers.items() if name.startswith("max violation")}
         watched |= {name: v for name, v in values.items() if name == "max logit"}
         for warning in self._alarms.update(self._iteration, watched):
@@ -58,7 +61,7 @@ class StepObserver:
         """Write the line beneath Megatron's, where it has written one."""
         self._speed.log_written()
         if self._iteration % self._args.log_interval == 0:
-            print_rank_last(balance_line(self._iteration, self._interval))
+            print_rank_last(balance_line(self._iteration, self._interval, self._rates))
             self._interval.clear()
 
     @property
@@ -79,11 +82,25 @@ class StepObserver:
             wandb.log(dict(values), self._iteration)
 
 
-def balance_line(iteration: int, steps: Sequence[Mapping[str, float]]) -> str:
-    """One line with the mean of each value over those of `steps` that have it."""
+def other_rates(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Learning rates by optimizer, but for the one that is in Megatron's line."""
+    return {
+        f"{group['kind']} learning rate": float(group["lr"])
+        for group in param_groups
+        if "kind" in group and not group["default_config"]
+    }
+
+
+def balance_line(
+    iteration: int,
+    steps: Sequence[Mapping[str, float]],
+    newest: Mapping[str, float] = MappingProxyType({}),
+) -> str:
+    """One line with the mean of each value over those of `steps` that have it, then `newest`."""
     by_name: dict[str, list[float]] = {}
     for step in steps:
         for name, value in step.items():
             by_name.setdefault(name, []).append(value)
-    fields = " | ".join(f"{name}: {fmean(values):.4g}" for name, values in by_name.items())
+    values = {name: fmean(of_name) for name, of_name in by_name.items()} | dict(newest)
+    fields = " | ".join(f"{name}: {value:.4g}" for name, value in values.items())
     return f" balance   {iteration:8d} | {fields} |"

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron.core.enums import ModelType
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.global_vars import set_global_variables
 from megatron.training.training import pretrain as megatron_pretrain
 
@@ -20,6 +19,7 @@ from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.forward_step import forward_step
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 from megatron_trinity.training.observer import StepObserver
+from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
 from megatron_trinity.training.resume import check_checkpoint
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
 from megatron_trinity.upstream.flops import set_flop_counter
@@ -43,10 +43,11 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     record, flops = MicroBatchRecord(), StepFlops(args)
     set_flop_counter(flops)
     set_training_hooks(StepObserver(args, record))
+    set_up_optimizer(args)
     model_config = model_config_from_args(args)
     model_config.pre_wrap_hooks.append(partial(announce_balance, args))
     megatron_pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
+        container_from_args(args, model_config),
         train_valid_test_datasets,
         ModelType.encoder_or_decoder,
         partial(forward_step, record=record, flops=flops),

@@ -32,7 +32,8 @@ def check_checkpoint(args: Namespace) -> None:
     A `--load` directory without any checkpoint is the start of a new run, as in Megatron.
 
     Raises:
-        UsageError: the checkpoint is of another model; names each argument that differs.
+        UsageError: the checkpoint is of another model, or has the state of another optimizer; names
+            what differs.
         TrinityError: it cannot be read.
     """
     if args.load is None or args.ckpt_format != "torch_dist":
@@ -54,7 +55,23 @@ def check_checkpoint(args: Namespace) -> None:
             f"the checkpoint under {args.load} is of another model: {'; '.join(differences)}; "
             "give the preset of that run, or another --load"
         )
+    if not (args.finetune or args.no_load_optim):
+        there, here = _optimizer(saved), _optimizer(args)
+        if there != here:
+            raise UsageError(
+                f"the checkpoint under {args.load} has the state of {there}, this run needs that "
+                f"of {here}; give the flags of that run, or --no-load-optim to start without state"
+            )
     if args.load_balancing == "smebu" and not checkpoint.has_momentum:
         warn_rank_0(
             f"the checkpoint under {args.load} has no momentum of SMEBU; it starts from zero"
         )
+
+
+def _optimizer(args: Namespace) -> str:
+    """What decides which state each parameter has, in words."""
+    if args.optimizer != "muon":
+        return f"--optimizer {args.optimizer}"
+    if not hasattr(args, "router_optimizer"):
+        return "megatron-core's Muon"
+    return f"--optimizer muon --router-optimizer {args.router_optimizer}"

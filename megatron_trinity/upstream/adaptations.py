@@ -143,6 +143,18 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         apply=_install("flops"),
     ),
     Adaptation(
+        name="optimizer-factory",
+        symbols=(
+            "megatron.training.training.get_megatron_optimizer",
+            "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler.get_lr",
+        ),
+        reason="megatron-core makes its own optimizers alone, and one schedule from the start",
+        written_for=_CORE,
+        remove_when="its registry takes a whole optimizer, and the schedule takes its start",
+        when="always",
+        apply=_install("optimizer_factory"),
+    ),
+    Adaptation(
         name="checkpoint-tracker",
         symbols=("megatron.training.checkpointing.maybe_msc",),
         reason="a full disk leaves the pointer to the newest checkpoint empty",
@@ -208,34 +220,6 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         remove_when="DistributedOptimizer handles the counter of each parameter",
         when="always",
         apply=_install("distributed_adam_steps"),
-    ),
-    Adaptation(
-        name="layer-wise-fp32",
-        symbols=(
-            "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer.__init__",
-            "megatron.core.optimizer.layer_wise_optimizer"
-            ".LayerWiseDistributedOptimizer.shard_params",
-            "megatron.core.optimizer.optimizer.FP32Optimizer",
-        ),
-        reason="in fp32 the layer-wise optimizer leaves its torch optimizers without a config",
-        written_for=_CORE,
-        remove_when="LayerWiseDistributedOptimizer wraps in FP32Optimizer",
-        when="always",
-        apply=_install("layer_wise_fp32"),
-    ),
-    Adaptation(
-        name="cpu-layer-wise-gather",
-        symbols=(
-            "megatron.core.optimizer.layer_wise_optimizer"
-            ".LayerWiseDistributedOptimizer.allgather_params",
-            "megatron.core.optimizer.layer_wise_optimizer"
-            ".LayerWiseDistributedOptimizer.broadcast_params",
-        ),
-        reason="gloo gathers only lists of equal sizes",
-        written_for=_CORE,
-        remove_when="the gather pads its lists, or every caller supplies a layout",
-        when="without_cuda",
-        apply=_install("cpu.layer_wise_gather"),
     ),
     Adaptation(
         name="distributed-fp32-load",

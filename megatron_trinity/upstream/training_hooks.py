@@ -18,10 +18,11 @@ import torch
 class TrainingHooks(Protocol):
     """What the training loop calls, on every rank."""
 
-    def step_ended(self, model: Sequence[Any], applied: bool) -> None:
+    def step_ended(self, model: Sequence[Any], optimizer: Any, applied: bool) -> None:
         """After each optimizer step; `applied` is false if it was skipped (overflow, NaN).
 
-        `model` has this rank's model chunks.
+        `model` has this rank's model chunks; `optimizer` already has the next step's rates, which
+        are those that Megatron logs.
         """
 
     def values(self) -> Mapping[str, float]:
@@ -55,12 +56,17 @@ def install() -> None:
 def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(train_step)
     def step_then_hook(
-        forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
+        forward_step_func: Any,
+        data_iterator: Any,
+        model: Any,
+        optimizer: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        result = train_step(forward_step_func, data_iterator, model, *args, **kwargs)
+        result = train_step(forward_step_func, data_iterator, model, optimizer, *args, **kwargs)
         if _hooks is not None:
             _, skipped, *_ = result
-            _hooks.step_ended(model, applied=not skipped)
+            _hooks.step_ended(model, optimizer, applied=not skipped)
         return result
 
     return step_then_hook

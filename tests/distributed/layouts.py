@@ -135,6 +135,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "selective recompute",
         "documents",
         "allgather",
+        "muon",
     ),
     (
         "EP 4",
@@ -250,7 +251,6 @@ def is_possible(layout: Layout) -> bool:
             "hybrid sharding" in layout
             and (context * data % 2 or of_stage // (expert * expert_tensor) % 2)
         )
-        and not ("hybrid sharding" in layout and "muon" in layout)  # refused
         and not ("a2a" in " ".join(layout) and QUERY_GROUPS // tensor % context)
         and not ("VPP 2" in layout and micro_batches % _pipeline(layout))
     )
@@ -280,8 +280,6 @@ def cannot_meet() -> list[tuple[str, str, str]]:
 def _obstacle(pair: Layout) -> str:
     if "a2a" in " ".join(pair) and _tensor(pair) * _context(pair) > QUERY_GROUPS:
         return f"more parts than the {QUERY_GROUPS} query groups of the model: refused"
-    if pair == ("hybrid sharding", "muon"):
-        return "refused: megatron-core's Muon has one optimizer instance"
     if "ETP 1" in pair:
         return "ETP 1 differs from the default only under TP 2, which the other feature rules out"
     return f"needs more than {MAX_RANKS} ranks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -34,7 +35,7 @@ class Answer:
 
     Attributes:
         scalars: tag to step to value.
-        tensors: weights, expert biases and, of AdamW, first moments, which are sums of gradients.
+        tensors: weights, expert biases, and first moments and momenta, which are sums of gradients.
     """
 
     scalars: dict[str, dict[int, float]]
@@ -62,7 +63,7 @@ def train(ranks: RankPools, data: Path, run: Path, layout: Layout) -> Answer:
         tensors={
             key: tensor
             for key, tensor in contents.items()
-            if not key.startswith("optimizer.") or ".exp_avg." in key
+            if not key.startswith("optimizer.") or re.search(r"\.(exp_avg|momentum_buffer)\.", key)
             if not key.startswith("rng_state")
         },
     )

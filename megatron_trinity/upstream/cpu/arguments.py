@@ -115,6 +115,7 @@ def cpu_argument_defaults() -> Mapping[str, Any]:
             "distributed_backend": "gloo",
             "gradient_accumulation_fusion": False,
             "masked_softmax_fusion": False,
+            "muon_fp32_matmul_prec": "high",  # bf16 runs, but many times slower than fp32
             "no_persist_layer_norm": True,
             "transformer_impl": "local",
             "use_cpu_initialization": True,

@@ -18,6 +18,20 @@ def test_a_line_has_the_mean_of_each_value_over_the_steps_that_have_it() -> None
     line = balance_line(20, steps)
     assert line == " balance         20 | max logit: 1 | mean logit: -3 |"
     assert balance_line(1, [{}]) == " balance          1 |  |"
+    line = balance_line(7, [{"max logit": 1.0}, {"max logit": 3.0}], {"adamw learning rate": 2e-4})
+    assert line == " balance          7 | max logit: 2 | adamw learning rate: 0.0002 |"
+
+
+def test_the_rates_that_megatron_does_not_log() -> None:
+    from megatron_trinity.training.observer import other_rates
+
+    groups = [
+        {"kind": "muon", "lr": 1e-3, "default_config": True},
+        {"kind": "adamw", "lr": 3e-4, "default_config": False},
+        {"kind": "adamw", "lr": 3e-4, "default_config": False},
+    ]
+    assert other_rates(groups) == {"adamw learning rate": 3e-4}
+    assert other_rates([{"lr": 1e-3, "default_config": True}]) == {}  # Megatron's own optimizers
 
 
 def announced(rank: int, world_size: int, rule: str, missing: int) -> str:

@@ -34,21 +34,13 @@ FINGERPRINTS: dict[str, str] = {
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
     ".load_state_dict": "623633566a81bd56",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict": "63da58a721daf861",
-    "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
-    ".__init__": "54e7454cc799c3f3",
-    "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
-    ".allgather_params": "696d6de95a2b8a11",
-    "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
-    ".broadcast_params": "70cd8f8fd790a413",
-    "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
-    ".shard_params": "a61772af9bb9d106",
-    "megatron.core.optimizer.optimizer.FP32Optimizer": "d26a9ad72eb1c63b",
     "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
     ".load_state_dict": "a803b63b0892ce1b",
     "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
     ".sharded_state_dict": "48286ad348ab95e4",
     "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
     ".state_dict": "6012401affabbd50",
+    "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler.get_lr": "d3d82ab61bd1afda",
     "megatron.core.tensor_parallel.mappings._gather_along_first_dim": "9ca7b839235cfbc3",
     "megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim": "f85c2232842ad481",
     "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__": "a09f1ea5661fe43e",

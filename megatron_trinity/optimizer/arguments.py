@@ -1,0 +1,159 @@
+"""Flags of the optimizer and of schedules in tokens."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_trinity.errors import UsageError
+
+TOKENS = {
+    "train_tokens": "train_samples",
+    "lr_decay_tokens": "lr_decay_samples",
+    "lr_warmup_tokens": "lr_warmup_samples",
+    "lr_wsd_decay_tokens": "lr_wsd_decay_samples",
+    "lr_restart_tokens": "lr_restart_samples",
+}
+"""Our arguments in tokens, and the ones in samples that follow from them."""
+SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def token_count(text: str) -> int:
+    """A number of tokens such as `134217728` or `4.9T`.
+
+    Raises: argparse.ArgumentTypeError, as an argument's type has to.
+    """
+    scale = SUFFIXES.get(text[-1:].upper(), 1)
+    try:
+        count = round(float(text[:-1] if scale > 1 else text) * scale)
+    except (ValueError, OverflowError):
+        count = 0
+    if count <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, such as 500M or 4.9T")
+    return count
+
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> set[str]:
+    """Add the flags to `parser`; returns their option strings."""
+    group = parser.add_argument_group(title="trinity optimizer")
+    actions = [
+        group.add_argument(
+            "--adamw-lr",
+            type=float,
+            help="peak learning rate of what AdamW updates under --optimizer muon; --lr is Muon's",
+        ),
+        group.add_argument(
+            "--adamw-min-lr",
+            type=float,
+            default=0.0,
+            help="what it decays to; --min-lr is Muon's (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--adamw-weight-decay",
+            type=float,
+            help="of what AdamW updates under --optimizer muon (default: --weight-decay)",
+        ),
+        group.add_argument(
+            "--norm-weight-decay",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="decay norm gains as well, under --optimizer muon (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--router-optimizer",
+            choices=("muon", "adamw"),
+            default="muon",
+            help="what updates the routers under --optimizer muon (default: %(default)s)",
+        ),
+        group.add_argument(
+            "--train-tokens",
+            type=token_count,
+            metavar="N",
+            help="length of training in tokens, as 500M or 17T; in place of --train-iters",
+        ),
+        group.add_argument(
+            "--lr-decay-tokens",
+            type=token_count,
+            metavar="N",
+            help="when the learning rate has reached its minimum (default: --train-tokens)",
+        ),
+        group.add_argument(
+            "--lr-warmup-tokens", type=token_count, metavar="N", help="length of the warm-up"
+        ),
+        group.add_argument(
+            "--lr-wsd-decay-tokens",
+            type=token_count,
+            metavar="N",
+            help="length of the last stage of --lr-decay-style WSD",
+        ),
+        group.add_argument(
+            "--lr-restart-tokens",
+            type=token_count,
+            metavar="N",
+            help="the schedule of the learning rate starts anew after so many tokens",
+        ),
+        group.add_argument(
+            "--lr-restart-iters",
+            type=int,
+            metavar="N",
+            help="the same in iterations, with --train-iters",
+        ),
+    ]
+    return {option for action in actions for option in action.option_strings}
+
+
+def derive_schedule(args: argparse.Namespace) -> None:
+    """Turn what is given in tokens into samples, in place, and find where the schedule starts.
+
+    Where training is counted in tokens and a preset gives a stage in iterations, it is as long as
+    so many iterations of the first batch size.
+
+    Raises:
+        UsageError: lengths in tokens and in iterations that do not go together.
+    """
+    args.lr_restart_samples = 0
+    if args.step_batch_size_schedule is not None:
+        args.global_batch_size = None  # the ramp takes its place, and Megatron wants one of them
+    if args.train_tokens is None:
+        _derive_from_iterations(args)
+        return
+    if args.train_iters is not None or args.train_samples is not None:
+        raise UsageError("--train-tokens beside --train-iters or --train-samples; give one of them")
+    if args.seq_length is None:
+        raise UsageError("--train-tokens needs --seq-length")
+    for tokens, samples in TOKENS.items():
+        count = getattr(args, tokens)
+        if count is not None:
+            setattr(args, samples, count // args.seq_length)
+    first_batch = _first_batch(args)
+    if args.lr_warmup_tokens is None and not args.lr_warmup_samples:
+        args.lr_warmup_samples = args.lr_warmup_iters * first_batch
+    if args.lr_wsd_decay_samples is None and args.lr_wsd_decay_iters is not None:
+        args.lr_wsd_decay_samples = args.lr_wsd_decay_iters * first_batch
+    args.lr_warmup_iters, args.lr_wsd_decay_iters = 0, None
+    if args.lr_decay_samples is None:
+        args.lr_decay_samples = args.train_samples - args.lr_restart_samples
+
+
+def _derive_from_iterations(args: argparse.Namespace) -> None:
+    given = [name for name in TOKENS if getattr(args, name) is not None]
+    if given:
+        raise UsageError(f"--{given[0].replace('_', '-')} needs --train-tokens")
+    if args.step_batch_size_schedule is not None and args.train_iters is not None:
+        raise UsageError(
+            "--step-batch-size-schedule beside --train-iters: its thresholds are tokens; use "
+            "--train-tokens"
+        )
+    if args.lr_restart_iters is not None:
+        if args.train_iters is None or args.global_batch_size is None:
+            raise UsageError("--lr-restart-iters needs --train-iters and --global-batch-size")
+        args.lr_restart_samples = args.lr_restart_iters * args.global_batch_size
+        if args.lr_decay_iters is None:
+            args.lr_decay_iters = args.train_iters - args.lr_restart_iters
+
+
+def _first_batch(args: argparse.Namespace) -> int:
+    """Sequences of the first global batch."""
+    if args.step_batch_size_schedule is not None:
+        _, _, batch = args.step_batch_size_schedule.replace(",", " ").split()[0].partition(":")
+        return int(batch) if batch.isdigit() else 0  # Megatron refuses what is no number
+    return int(args.global_batch_size or 0)

@@ -1,0 +1,347 @@
+"""The optimizer of a Trinity model: Muon and AdamW as one, over all of Megatron's parallelism.
+
+A step: global gradient norm and clipping, Muon on the units that this rank owns, AdamW on those
+that it keeps, weights to all data-parallel ranks. Gradients come summed over data-parallel ranks,
+in Megatron's buffers. With `--use-distributed-optimizer` a rank keeps state only of the units that
+it owns; without it every rank keeps all, and each matrix is still orthogonalised once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import MegatronModule, param_is_not_shared
+from torch import Tensor, nn
+
+from megatron_trinity.optimizer.assignment import assign
+from megatron_trinity.optimizer.exchange import Name, broadcast_from_owners
+from megatron_trinity.optimizer.muon import MOMENTUM, Muon, MuonConfig
+from megatron_trinity.optimizer.newton_schulz import coefficients, flops
+from megatron_trinity.optimizer.param_groups import Group
+from megatron_trinity.optimizer.units import (
+    MASTER,
+    UNASSIGNED,
+    Unit,
+    data_parallel,
+    gradient_of,
+    units_of,
+)
+
+MOMENTS = {"muon": (MOMENTUM,), "adamw": ("exp_avg", "exp_avg_sq")}
+KINDS_OF_RANKS = (False, True)  # experts or not
+
+
+class TrinityOptimizer(MegatronOptimizer):
+    """Muon for hidden matrices and AdamW for the rest.
+
+    Its learning rates are set by Megatron's scheduler, through `param_groups`: one dictionary a
+    group, with its `name` and `kind`.
+    """
+
+    is_stub_optimizer = False
+
+    def __init__(
+        self, config: OptimizerConfig, model: Sequence[MegatronModule], groups: Sequence[Group]
+    ) -> None:
+        """Args: model: the chunks of this rank, unwrapped; groups: see `param_groups`.
+
+        Raises:
+            TrinityError: a parameter is in no group or in two.
+        """
+        self._sharded = config.use_layer_wise_distributed_optimizer
+        self._ranks = {experts: data_parallel(experts, self._sharded) for experts in KINDS_OF_RANKS}
+        self._model_parameters = [p for chunk in model for p in chunk.parameters()]
+        self._units = units_of(model, groups, self._ranks[False].size if self._sharded else 1)
+        self._find_owners()
+        self._kept = [unit for unit in self._units if not self._sharded or self._owns(unit)]
+        for unit in self._kept:
+            unit.keep(*MOMENTS[unit.group.kind])
+        self._muon = Muon(muon_config(config), {e: dp.tensor for e, dp in self._ranks.items()})
+        self._muon.plan([unit for unit in self._of("muon") if self._owns(unit)])
+        self._steps = 0  # that were applied
+        adamw = self._adamw(config, groups)
+        super().__init__(adamw, config)
+        muon = [_param_group(group) for group in groups if group.kind == "muon"]
+        self._groups = [*muon, *adamw.param_groups]
+        self._one = torch.ones(1, device=torch.cuda.current_device())
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """A dictionary for each group; the scheduler sets `lr` and `weight_decay`."""
+        return self._groups
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """Everything that this rank's model chunks consist of, kept here or elsewhere."""
+        return self._units
+
+    def work(self) -> list[tuple[Name, tuple[int, int]]]:
+        """The matrices that this rank orthogonalises in a step, with their shapes."""
+        return self._muon.work()
+
+    def get_parameters(self) -> list[nn.Parameter]:
+        """The model's parameters on this rank."""
+        return list(self._model_parameters)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing to do: gradients are in Megatron's buffers, and the model zeroes those."""
+
+    def get_loss_scale(self) -> Tensor:
+        """1: bf16 and fp32 need no scale."""
+        return self._one
+
+    def prepare_grads(self) -> bool:
+        """Nothing to do; Megatron looks for NaN where it sums the gradients."""
+        return False
+
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float, float | None]:
+        """Clip, update, share. Returns whether it was applied, the gradient norm before clipping,
+        and the number of zeros in the gradients if it is logged.
+
+        Raises:
+            TrinityError: a momentum is not finite.
+        """
+        with self._timer("optimizer-clip-main-grad"):
+            norm = self.get_grad_norm()
+            self._clip(norm)
+        zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
+        if norm > self.config.grad_norm_skip_threshold:
+            return False, norm, zeros
+        return self.step_with_ready_grads(), norm, zeros
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Update every weight from gradients that need nothing more."""
+        with self._timer("optimizer-inner-step"):
+            self._muon.accumulate(self._of("muon"))
+            self._muon.update({g["name"]: (g["lr"], g["weight_decay"]) for g in self._groups})
+            self._step_adamw()
+            self._steps += 1
+        with self._timer("optimizer-copy-main-to-model-params"):
+            self._share()
+        return True
+
+    def get_grad_norm(self) -> float:
+        """Of all parameters of the model, each counted once; the same in every layout."""
+        dense, experts = (self._unique_gradients(of_experts) for of_experts in KINDS_OF_RANKS)
+        of_dense = get_grad_norm_fp32(
+            dense, grad_stats_parallel_group=parallel_state.get_model_parallel_group()
+        )
+        of_experts = get_grad_norm_fp32(
+            experts,
+            grad_stats_parallel_group=parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
+        )
+        return math.hypot(float(of_dense), float(of_experts))
+
+    def count_zeros(self) -> float:
+        """Number of zeros in the gradients of the whole model."""
+        total = 0.0
+        for of_experts, group in (
+            (False, parallel_state.get_model_parallel_group()),
+            (True, parallel_state.get_expert_tensor_model_pipeline_parallel_group()),
+        ):
+            zeros = torch.zeros(1, device=torch.cuda.current_device())
+            for gradient in self._unique_gradients(of_experts):
+                zeros += gradient.numel() - torch.count_nonzero(gradient)
+            dist.all_reduce(zeros, group=group)
+            total += float(zeros)
+        return total
+
+    @torch.no_grad()
+    def reload_model_params(self, state_dict: Any = None) -> None:
+        """Take the model's weights as the fp32 ones, for example after loading them alone."""
+        for unit in self._kept:
+            unit.master.copy_(unit.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of steps, and weights and moments that this rank keeps, by unit."""
+        return {
+            "step": self._steps,
+            "state": {unit.name: dict(unit.state) for unit in self._kept},
+        }
+
+    def sharded_state_dict(
+        self,
+        model_sharded_state_dict: Any,
+        is_loading: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """What `dist_checkpointing` saves, or loads into, by unit.
+
+        Keys are `optimizer.state.NAME.` and the canonical name of a parameter, with NAME one of
+        `fp32_param`, `momentum_buffer`, `exp_avg`, `exp_avg_sq`; in every layout and precision.
+        """
+        state: dict[str, Any] = {}
+        for unit in self._kept:
+            ranks = self._ranks[unit.experts]
+            replica = ranks.instance if self._sharded else ranks.rank
+            tensors = dict(unit.state)
+            if is_loading:  # the model's own weights, which these may be, are loaded meanwhile
+                tensors[MASTER] = torch.empty_like(unit.master)
+            state[unit.name] = {
+                name: unit.sharded(name, tensor, replica) for name, tensor in tensors.items()
+            }
+        return {"step": self._steps, "state": state}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what was loaded into the tensors of `sharded_state_dict`."""
+        self._steps = int(state_dict["step"])
+        for unit in self._kept:
+            for name, parts in state_dict["state"][unit.name].items():
+                for number, tensor in parts.items():
+                    unit.rows_of(unit.parts[int(number)], unit.state[name]).copy_(tensor)
+        for state in self.optimizer.state.values():
+            state["step"].fill_(self._steps)
+        self._share()
+
+    def _of(self, kind: str) -> list[Unit]:
+        return [unit for unit in self._kept if unit.group.kind == kind]
+
+    def _owns(self, unit: Unit) -> bool:
+        return unit.owner == self._ranks[unit.experts].rank
+
+    def _find_owners(self) -> None:
+        """Share Muon's work out by FLOPs: experts first, then the rest on top of their load."""
+        loads: list[float] = []
+        for experts in (True, False):
+            ranks = self._ranks[experts]
+            free = [u for u in self._units if u.experts == experts and u.owner == UNASSIGNED]
+            costs = [_cost(unit) for unit in free]
+            owners = assign(costs, ranks.size, loads)
+            for unit, owner in zip(free, owners, strict=True):
+                unit.owner = owner
+            if experts:
+                own = sum(c for c, owner in zip(costs, owners, strict=True) if owner == ranks.rank)
+                loads = self._loads(own)
+
+    def _loads(self, own: float) -> list[float]:
+        """The experts' load of each data-parallel rank, the same on all tensor-parallel ranks."""
+        ranks = self._ranks[False]
+        loads = torch.zeros(ranks.size, dtype=torch.float64, device=torch.cuda.current_device())
+        loads[ranks.rank] = own
+        dist.all_reduce(loads, group=ranks.group)
+        dist.all_reduce(loads, op=dist.ReduceOp.MAX, group=ranks.tensor)
+        return [float(load) for load in loads]
+
+    def _adamw(self, config: OptimizerConfig, groups: Sequence[Group]) -> torch.optim.AdamW:
+        units = self._of("adamw")
+        fused = torch.cuda.is_available()
+        optimizer = torch.optim.AdamW(
+            [
+                {
+                    **_param_group(group),
+                    "params": [unit.master for unit in units if unit.group == group],
+                }
+                for group in groups
+                if group.kind == "adamw"
+            ],
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            fused=fused,
+        )
+        for unit in units:
+            # From the start, so that a checkpoint has them before the first step.
+            step = torch.zeros((), device=unit.weights.device if fused else "cpu")
+            moments = {name: unit.state[name] for name in MOMENTS["adamw"]}
+            optimizer.state[unit.master] = {"step": step, **moments}
+        return optimizer
+
+    def _step_adamw(self) -> None:
+        units = self._of("adamw")
+        for unit in units:
+            unit.master.grad = unit.gradient.float()
+        self.optimizer.step()
+        for unit in units:
+            unit.master.grad = None
+
+    def _clip(self, norm: float) -> None:
+        limit = self.config.clip_grad
+        factor = limit / (norm + 1e-6)
+        if limit > 0.0 and factor < 1.0 and self._kept:
+            torch._foreach_mul_([unit.gradient for unit in self._kept], factor)
+
+    def _unique_gradients(self, of_experts: bool) -> list[Tensor]:
+        dense, experts = (self._ranks[kind].tensor for kind in KINDS_OF_RANKS)
+        return [
+            gradient_of(parameter)
+            for parameter in self._model_parameters
+            if parameter.requires_grad
+            and getattr(parameter, "allreduce", True) != of_experts
+            and param_is_not_shared(parameter)
+            and param_is_not_tensor_parallel_duplicate(parameter, dense, experts)
+        ]
+
+    def _share(self) -> None:
+        """Bring the new weights into the model, on every data-parallel rank."""
+        if self._sharded:
+            self._copy_to_model()
+            self._broadcast({unit.name: unit.weights for unit in self._units})
+        else:
+            masters = {unit.name: unit.master for unit in self._of("muon")}
+            self._broadcast(masters)
+            self._copy_to_model()
+
+    def _broadcast(self, tensors: Mapping[str, Tensor]) -> None:
+        for experts, ranks in self._ranks.items():
+            by_owner: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+            for unit in self._units:
+                if unit.experts == experts and unit.name in tensors:
+                    by_owner[unit.owner].append(tensors[unit.name])
+            broadcast_from_owners(by_owner, ranks.group)
+
+    def _copy_to_model(self) -> None:
+        units = [unit for unit in self._kept if unit.parameter.dtype != torch.float32]
+        if units:
+            torch._foreach_copy_([unit.weights for unit in units], [unit.master for unit in units])
+
+    @contextmanager
+    def _timer(self, name: str) -> Iterator[None]:
+        timers = self.config.timers
+        if timers is not None:
+            timers(name, log_level=1).start(barrier=self.config.barrier_with_L1_time)
+        yield
+        if timers is not None:
+            timers(name).stop()
+
+
+def muon_config(config: OptimizerConfig) -> MuonConfig:
+    """Muon's part of Megatron's configuration."""
+    return MuonConfig(
+        momentum=config.muon_momentum,
+        nesterov=config.muon_nesterov,
+        steps=coefficients(config.muon_coefficient_type, config.muon_num_ns_steps),
+        dtype=torch.bfloat16 if config.muon_fp32_matmul_prec == "medium" else torch.float32,
+    )
+
+
+def _param_group(group: Group) -> dict[str, Any]:
+    """In the form that Megatron's scheduler and log know."""
+    return {
+        "name": group.name,
+        "kind": group.kind,
+        "max_lr": group.max_lr,
+        "min_lr": group.min_lr,
+        "start_wd": group.weight_decay,
+        "end_wd": group.weight_decay,
+        "lr": 0.0,
+        "weight_decay": group.weight_decay,
+        "default_config": group.kind == "muon",  # whose rate is the log's "learning rate"
+    }
+
+
+def _cost(unit: Unit) -> float:
+    """Of updating a unit: FLOPs, or elements where there is no matrix."""
+    shapes: Iterable[tuple[int, int]] = {p.matrix: p.shape for p in unit.pieces}.values()
+    return float(sum(flops(*shape, steps=1) for shape in shapes) or unit.weights.numel())

@@ -1,0 +1,151 @@
+"""The whole optimizer in ranks of any layout, with weights and gradients of the test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AfmoeConfig
+
+from tests.trinity import afmoe_config, parse
+
+FLAGS = (
+    *("--optimizer", "muon", "--lr", "2e-3", "--min-lr", "1e-4", "--adamw-lr", "1e-3"),
+    *("--adamw-weight-decay", "0.02", "--weight-decay", "0.1", "--adam-beta2", "0.95"),
+    *("--clip-grad", "0"),
+)
+
+
+def config() -> AfmoeConfig:
+    """Matrices that are wide, tall and square; heads for TP 8, more than its query groups."""
+    return afmoe_config(
+        num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=8
+    )
+
+
+def canonical_shapes(rank: int, world_size: int) -> dict[str, tuple[int, ...]]:
+    """Canonical name to shape of every trainable tensor; for one rank."""
+    from megatron_trinity.model.shards import model_shards
+    from tests.trinity import build
+
+    shards = model_shards(build(parse(config())))
+    return {
+        shard.key: shard.global_shape for shard in shards if not shard.key.endswith("expert_bias")
+    }
+
+
+def random_tensors(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
+    """Weights or gradients, the same for the same names, shapes and seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(*shapes[key], generator=generator) / 8 for key in sorted(shapes)}
+
+
+@dataclass
+class Part:
+    """A rank's part of a tensor that a test puts together: where it starts, and what it has."""
+
+    key: str
+    start: tuple[int, ...]
+    data: Tensor
+
+
+def whole(shapes: Mapping[str, Sequence[int]], parts: Sequence[Part]) -> dict[str, Tensor]:
+    """Put the parts of all ranks together; raises AssertionError where copies differ or miss."""
+    tensors = {key: torch.full(tuple(shape), torch.nan) for key, shape in shapes.items()}
+    for part in parts:
+        place = tensors[part.key]
+        leading = place.ndim - part.data.ndim
+        for index in part.start[:leading]:
+            place = place[index]
+        for axis, (start, size) in enumerate(
+            zip(part.start[leading:], part.data.shape, strict=True)
+        ):
+            place = place.narrow(axis, start, size)
+        assert place.isnan().all() or torch.equal(place, part.data), f"{part.key}: copies differ"
+        place.copy_(part.data)
+    for key, tensor in tensors.items():
+        assert not tensor.isnan().any(), f"{key} is not whole"
+    return tensors
+
+
+def build_optimizer(flags: Sequence[str], weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """A rank's model, with these weights, and its optimizer."""
+    from megatron.training.training import get_megatron_optimizer_config
+
+    from megatron_trinity.model.shards import load_whole_tensors, model_shards
+    from megatron_trinity.optimizer.optimizer import TrinityOptimizer
+    from megatron_trinity.optimizer.param_groups import groups_from_args
+
+    args = parse(config(), [*FLAGS, *flags])
+    model = build_with_instances(args)
+    biases = {s.key: torch.zeros(s.global_shape) for s in model_shards(model)}
+    load_whole_tensors(model, {**biases, **weights})
+    if args.bf16:
+        from megatron.core.transformer.module import Float16Module
+
+        model = Float16Module(model.config, model).module
+    optimizer_config, _ = get_megatron_optimizer_config(args)
+    optimizer_config.timers = None
+    groups = groups_from_args(args)
+    optimizer = TrinityOptimizer(optimizer_config, [model], groups)
+    for group in optimizer.param_groups:
+        group["lr"] = group["max_lr"]
+    return model, optimizer
+
+
+def build_with_instances(args: Any) -> Any:
+    """As `tests.trinity.build`, with context parallelism and several optimizer instances."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import (
+        set_defaults_if_not_set_tensor_model_parallel_attributes,
+    )
+
+    from megatron_trinity.model.builder import TrinityModelBuilder
+    from megatron_trinity.model.config import model_config_from_args
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        num_distributed_optimizer_instances=args.num_distributed_optimizer_instances,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = TrinityModelBuilder(model_config_from_args(args)).build_model(groups)
+    for parameter in model.parameters():
+        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    return model
+
+
+def set_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
+    """Give every parameter of the rank its part of whole gradients, where Megatron has them."""
+    from megatron_trinity.model.shards import local_row, parameter_parts
+
+    for parameter, parts in parameter_parts(model):
+        gradient = torch.zeros(parameter.shape)
+        for part in parts:
+            source = gradients[part.key]
+            for index in part.global_offset[: part.prepend_axis_num]:
+                source = source[index]
+            for axis, size in enumerate(part.local_shape):
+                source = source.narrow(axis, part.global_offset[part.prepend_axis_num + axis], size)
+            row = local_row(part.data, parameter)
+            gradient[row : row + part.local_shape[0]].copy_(source)
+        setattr(parameter, "main_grad", gradient)
+
+
+def held_weights(model: Any) -> list[Part]:
+    """What this rank has of every trainable tensor."""
+    from megatron_trinity.model.shards import model_shards
+
+    return [
+        Part(shard.key, shard.offset, shard.data.detach().float().clone())
+        for shard in model_shards(model)
+        if not shard.key.endswith("expert_bias")
+    ]
