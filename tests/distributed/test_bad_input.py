@@ -142,6 +142,25 @@ def test_a_checkpoint_of_another_model(ranks: RankPools, data: Path, tmp_path: P
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--optimizer", "adam"], "needs that of --optimizer adam"),
+        (["--router-optimizer", "adamw"], "--optimizer muon --router-optimizer adamw"),
+    ],
+)
+def test_a_checkpoint_of_another_optimizer(
+    ranks: RankPools, data: Path, tmp_path: Path, flags: list[str], named: str
+) -> None:
+    muon = [*saving_flags(data, tmp_path / "run", "--train-iters", "1"), "--optimizer", "muon"]
+    assert ranks.run(run_trainer, muon, world_size=1) == [0]
+    has = "has the state of --optimizer muon --router-optimizer muon"
+    check(run_refused(ranks, [*muon, *flags]), 2, has, named, "--no-load-optim")
+    without = [*muon, *flags, "--no-load-optim", "--train-iters", "2"]
+    without.append("--override-opt-param-scheduler")
+    assert ranks.run(run_trainer, without, world_size=1) == [0]
+
+
 def test_a_damaged_checkpoint(ranks: RankPools, data: Path, tmp_path: Path) -> None:
     flags = saving_flags(data, tmp_path / "run", "--train-iters", "1")
     assert ranks.run(run_trainer, flags, world_size=1) == [0]
