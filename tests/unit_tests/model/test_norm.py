@@ -10,6 +10,7 @@ import pytest
 import torch
 from megatron.core.transformer.module import Float16Module
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_trinity.model.norm import PostNormAdd, TrinityRMSNorm
 from tests.distributed.pool import RankPools
@@ -67,19 +68,62 @@ def test_bf16_input_gives_the_fp32_result_rounded_once() -> None:
     assert ((out.double() - exact).abs() / exact.abs().clamp(min=1e-3)).max() <= 2**-8 * 1.001
 
 
-def test_gradients_are_those_of_the_formula() -> None:
-    hidden = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(4)).requires_grad_()
+def gradients_of_the_formula(
+    hidden: torch.Tensor, gain: torch.Tensor, cotangent: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Of the hidden states and of the gain, by autograd in fp64."""
+    rows, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, gain))
+    formula = weight * rows / torch.sqrt(rows.square().mean(dim=-1, keepdim=True) + EPS)
+    return torch.autograd.grad(formula, (rows, weight), cotangent.double())
+
+
+@pytest.mark.parametrize("shape", [(64, WIDTH), (5, 2, WIDTH), (5, 2, 3, WIDTH), (0, 2, WIDTH)])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_gradients_are_those_of_the_formula(shape: tuple[int, ...], size: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    hidden = (size * torch.randn(shape, generator=generator)).requires_grad_()
+    cotangent = torch.randn(shape, generator=generator)
     norm = norm_with_random_gain()
-    cotangent = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(5))
-    inputs = (hidden, norm.weight)
-    got = torch.autograd.grad(norm(hidden), inputs, cotangent)
-    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    mean_square = doubles[0].square().mean(dim=-1, keepdim=True)
-    formula = doubles[1] * doubles[0] / torch.sqrt(mean_square + EPS)
+    got = torch.autograd.grad(norm(hidden), (hidden, norm.weight), cotangent)
     for have, want in zip(
-        got, torch.autograd.grad(formula, doubles, cotangent.double()), strict=True
+        got, gradients_of_the_formula(hidden, norm.weight, cotangent), strict=True
     ):
+        assert have.dtype == torch.float32
+        assert (have.double() - want).norm() <= 1e-6 * want.norm()
+
+
+def test_gradients_of_tensors_that_are_not_contiguous() -> None:
+    generator = torch.Generator().manual_seed(5)
+    wide, cotangent = torch.randn(2, 2, 7, 2 * WIDTH, generator=generator)
+    hidden = wide[..., ::2].transpose(0, 1).requires_grad_()
+    norm = norm_with_random_gain()
+    sparse = cotangent[..., 1::2].transpose(0, 1)
+    got = torch.autograd.grad(norm(hidden), (hidden, norm.weight), sparse)
+    for have, want in zip(got, gradients_of_the_formula(hidden, norm.weight, sparse), strict=True):
         torch.testing.assert_close(have.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_gradients_are_rounded_once_and_the_gain_has_fp32() -> None:
+    generator = torch.Generator().manual_seed(6)
+    hidden, cotangent = torch.randn(2, 64, WIDTH, generator=generator).bfloat16()
+    hidden.requires_grad_()
+    norm = norm_with_random_gain()
+    of_hidden, of_gain = torch.autograd.grad(norm(hidden), (hidden, norm.weight), cotangent)
+    assert of_hidden.dtype == torch.bfloat16
+    assert of_gain.dtype == torch.float32
+    exact, of_gain_exact = gradients_of_the_formula(hidden, norm.weight, cotangent)
+    assert ((of_hidden.double() - exact).abs() / exact.abs().clamp(min=1e-2)).max() <= 2**-8 * 1.001
+    torch.testing.assert_close(of_gain.double(), of_gain_exact, rtol=1e-5, atol=1e-5)
+
+
+def test_recompute_changes_nothing() -> None:
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(5, 2, WIDTH, generator=generator).requires_grad_()
+    norm = norm_with_random_gain()
+    kept = torch.autograd.grad(norm(hidden).square().sum(), (hidden, norm.weight))
+    again = checkpoint(norm, hidden, use_reentrant=False)
+    recomputed = torch.autograd.grad(again.square().sum(), (hidden, norm.weight))
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
 
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "float", "to", "type", "wrapper"])
