@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_trinity.model.core_attention import PortableCoreAttention
+from megatron_trinity.model.experts import EXPERT_SUBMODULES, GroupedExperts
 from megatron_trinity.model.layer import TrinityLayer
 from megatron_trinity.model.norm import PostNormAdd, TrinityRMSNorm
 from megatron_trinity.moe.router import TrinityRouter
@@ -42,6 +43,9 @@ class PortableBackend(LocalSpecProvider):
 
     def core_attention(self) -> type[PortableCoreAttention]:
         return PortableCoreAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> partial[GroupedExperts]:
+        return partial(GroupedExperts, submodules=EXPERT_SUBMODULES)
 
 
 def trinity_block_spec(

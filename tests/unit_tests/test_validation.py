@@ -162,6 +162,20 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"moe_router_fusion": True},
         {"moe_enable_routing_replay": True},
     ],
+    "other-activations": [
+        {"swiglu": False},
+        {"squared_relu": True},
+        {"quick_geglu": True},
+        {"add_bias_linear": True},
+        {"activation_func_clamp_value": 7.0},
+        {"glu_linear_offset": 1.0},
+        {"moe_apply_probs_on_input": True},
+        {"moe_latent_size": 64},
+    ],
+    "recompute-of-others": [
+        {"recompute_granularity": "selective", "recompute_modules": ["moe", module]}
+        for module in ("moe_act", "mla_up_proj", "gdn_norm_out")
+    ],
     "dropout": [{"attention_dropout": 0.1}, {"hidden_dropout": 0.1}],
     "mup": [{"use_mup": True}],
     "checkpoint-args": [{"use_checkpoint_args": True}],
@@ -203,6 +217,10 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "data parallel": {"world_size": 4},
     "SMEBU of one's own": {"load_balancing": "smebu", "smebu_lambda": 1e-3},
     "a sign rule of one's own": {"moe_router_bias_update_rate": 0.01},
+    "recompute of modules": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn", "layernorm", "mlp", "shared_experts", "moe"],
+    },
     "no global batch": {"global_batch_size": None},
     "no load balancing, as a list": {"moe_router_load_balancing_type": ["none"]},
 }

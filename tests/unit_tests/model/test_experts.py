@@ -1,0 +1,210 @@
+"""The routed experts against a loop over the formula, and against Megatron's `SequentialMLP`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_trinity.model.experts import GroupedExperts, grouped_linear
+from tests.distributed.pool import RankPools
+from tests.trinity import afmoe_config, build, parse
+
+COUNTS = (3, 0, 17, 1)
+GROUPS, WIDTH, OUT = len(COUNTS), 24, 10
+
+
+def groups(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Tokens, a matrix for each group, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(sum(COUNTS), WIDTH, generator=generator).to(dtype).requires_grad_()
+    weights = torch.randn(GROUPS, OUT, WIDTH, generator=generator).to(dtype)
+    cotangent = torch.randn(sum(COUNTS), OUT, generator=generator).to(dtype)
+    return tokens, [weight.clone().requires_grad_() for weight in weights], cotangent
+
+
+def looped(tokens: Tensor, weights: list[Tensor]) -> Tensor:
+    rows = tokens.split(COUNTS)
+    return torch.cat([part @ weight.t() for part, weight in zip(rows, weights, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)], ids=["fp32", "bf16"]
+)
+def test_grouped_linear_is_a_product_for_each_group(dtype: torch.dtype, tolerance: float) -> None:
+    tokens, weights, cotangent = groups(dtype)
+    got = grouped_linear(tokens, COUNTS, weights)
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in (tokens, *weights)]
+    exact = looped(exact_inputs[0], exact_inputs[1:])
+    pairs = [
+        (got, exact),
+        *zip(
+            torch.autograd.grad(got, (tokens, *weights), cotangent),
+            torch.autograd.grad(exact, exact_inputs, cotangent.double()),
+            strict=True,
+        ),
+    ]
+    for have, want in pairs:
+        assert have.dtype == dtype
+        assert have.shape == want.shape
+        assert (have.double() - want).norm() <= tolerance * want.norm()
+
+
+def test_a_group_without_rows_has_a_gradient_of_zeros() -> None:
+    tokens, weights, cotangent = groups()
+    grouped_linear(tokens, COUNTS, weights).backward(cotangent)
+    assert weights[1].grad is not None
+    assert torch.equal(weights[1].grad, torch.zeros(OUT, WIDTH))
+    nobody = tokens[:0].detach().requires_grad_()
+    grouped_linear(nobody, (0,) * GROUPS, weights).backward(cotangent[:0])
+    assert nobody.grad is not None
+    assert nobody.grad.shape == (0, WIDTH)
+
+
+def test_a_gradient_that_is_not_contiguous() -> None:
+    tokens, weights, cotangent = groups()
+    transposed = cotangent.t().contiguous().t()
+    got = torch.autograd.grad(grouped_linear(tokens, COUNTS, weights), tokens, transposed)[0]
+    torch.testing.assert_close(
+        got, torch.autograd.grad(looped(tokens, weights), tokens, cotangent)[0]
+    )
+
+
+def experts_of_a_model(flags: tuple[str, ...]) -> GroupedExperts:
+    model = build(parse(afmoe_config(), flags))
+    experts = model.decoder.layers[1].mlp.experts
+    assert isinstance(experts, GroupedExperts)
+    return experts
+
+
+def beside_sequential(
+    rank: int, world_size: int, counts: tuple[int, ...], flags: tuple[str, ...]
+) -> list[dict[str, Tensor]]:
+    """Output and gradients: ours, Megatron's loop over the same weights, and the formula's."""
+    from megatron.core import tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    experts = experts_of_a_model(flags)
+    dtype = torch.bfloat16 if "--bf16" in flags else torch.float32
+    experts.to(dtype)
+    linears = MLPSubmodules(
+        linear_fc1=tensor_parallel.ColumnParallelLinear,
+        linear_fc2=tensor_parallel.RowParallelLinear,
+    )
+    sequential = SequentialMLP(
+        len(counts),
+        experts.config,
+        linears,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    ).to(dtype)
+    sequential.load_state_dict(experts.state_dict())  # the same names and shapes
+
+    generator = torch.Generator().manual_seed(2)
+    hidden = experts.config.hidden_size
+    tokens, cotangent = torch.randn(2, sum(counts), hidden, generator=generator).to(dtype)
+    probabilities = torch.rand(sum(counts), generator=generator)
+
+    results = []
+    for module, compute in (
+        (experts, experts),
+        (sequential, sequential),
+        (experts, partial(formula, experts)),
+    ):
+        x, p = tokens.clone().requires_grad_(), probabilities.clone().requires_grad_()
+        module.zero_grad()
+        out, bias = compute(x, torch.tensor(counts), p)
+        assert bias is None
+        out.backward(cotangent.to(out.dtype))
+        weights = {name: weight.grad for name, weight in module.named_parameters()}
+        results.append(
+            {"output": out.detach(), "tokens": x.grad, "probabilities": p.grad, **weights}
+        )
+    return results
+
+
+def formula(
+    experts: GroupedExperts, tokens: Tensor, counts: Tensor, probabilities: Tensor
+) -> tuple[Tensor, None]:
+    """fp64: of each token down(silu(gate) * up), times its probability."""
+    outputs = []
+    sizes = counts.tolist()
+    parts = zip(tokens.split(sizes), probabilities.split(sizes), experts.local_experts, strict=True)
+    for rows, weights, expert in parts:
+        gate, up = (rows.double() @ expert.linear_fc1.weight.double().t()).chunk(2, dim=-1)
+        down = (F.silu(gate) * up) @ expert.linear_fc2.weight.double().t()
+        outputs.append(weights.double().unsqueeze(1) * down)
+    return torch.cat(outputs), None
+
+
+@pytest.mark.parametrize("counts", [(5, 0, 9, 1, 0, 0, 30, 3), (0, 0, 0, 0, 0, 7, 0, 0)])
+@pytest.mark.parametrize(
+    ("flags", "tolerance"), [((), 2e-6), (("--bf16",), 2e-2)], ids=["fp32", "bf16"]
+)
+def test_experts_are_the_formula_and_megatrons(
+    ranks: RankPools, counts: tuple[int, ...], flags: tuple[str, ...], tolerance: float
+) -> None:
+    [(ours, megatrons, exact)] = ranks.run(beside_sequential, counts, flags, world_size=1)
+    assert ours.keys() == megatrons.keys() == exact.keys()
+    assert "local_experts.7.linear_fc2.weight" in ours
+    for name, have in ours.items():
+        assert have.dtype == megatrons[name].dtype, name
+        assert have.shape == exact[name].shape, name
+        assert (have.double() - exact[name].double()).norm() <= tolerance * exact[name].norm(), name
+    idle = [expert for expert, count in enumerate(counts) if count == 0]
+    for expert in idle:
+        assert not ours[f"local_experts.{expert}.linear_fc1.weight"].any()
+
+
+def parameters_and_keys(rank: int, world_size: int) -> tuple[dict[str, Any], list[str]]:
+    """Attributes that Megatron reads of this rank's expert weights, and their checkpoint keys."""
+    flags = ("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "2")
+    experts = experts_of_a_model(flags)
+    read = ("tensor_model_parallel", "partition_dim", "partition_stride", "allreduce")
+    attributes = {
+        name: (tuple(weight.shape), *(getattr(weight, attribute) for attribute in read))
+        for name, weight in experts.named_parameters()
+    }
+    state = experts.sharded_state_dict(prefix="decoder.layers.1.mlp.experts.")
+    return attributes, sorted({entry.key for entry in state.values() if "weight" in entry.key})
+
+
+def test_parameters_and_checkpoint_keys_are_megatrons(ranks: RankPools) -> None:
+    for attributes, keys in ranks.run(parameters_and_keys, world_size=4):
+        # 8 experts on 2 ranks, each of width 48 on 2 ranks; gate and up are one matrix.
+        assert attributes == {
+            f"local_experts.{expert}.{name}.weight": values
+            for expert in range(4)
+            for name, values in {
+                "linear_fc1": ((48, 64), True, 0, 2, False),
+                "linear_fc2": ((64, 24), True, 1, 1, False),
+            }.items()
+        }
+        assert keys == [
+            f"decoder.layers.1.mlp.experts.experts.linear_{layer}.weight"
+            for layer in ("fc1", "fc2")
+        ]
+
+
+def test_hooks_ahead_of_a_layer_are_called(ranks: RankPools) -> None:
+    """Under `--overlap-param-gather` they wait for the weights that the layer is about to use."""
+    [called] = ranks.run(layers_whose_hooks_are_called, world_size=1)
+    assert called == [(expert, layer) for layer in ("fc1", "fc2") for expert in range(8)]
+
+
+def layers_whose_hooks_are_called(rank: int, world_size: int) -> list[tuple[int, str]]:
+    experts = experts_of_a_model(())
+    called: list[tuple[int, str]] = []
+    for number, expert in enumerate(experts.local_experts):
+        for layer in ("fc1", "fc2"):
+            getattr(expert, f"linear_{layer}").register_forward_pre_hook(
+                lambda *_, key=(number, layer): called.append(key)
+            )
+    counts = torch.tensor([1] * 8)
+    experts(torch.randn(8, experts.config.hidden_size), counts, torch.ones(8))
+    return called
