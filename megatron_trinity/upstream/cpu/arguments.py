@@ -108,10 +108,11 @@ _CUDA_ONLY: tuple[CudaOnly, ...] = (
 
 
 def cpu_argument_defaults() -> Mapping[str, Any]:
-    """The defaults that replace those of Megatron that need CUDA: argparse dest -> value."""
+    """The defaults that replace those of Megatron that are for CUDA: argparse dest -> value."""
     return MappingProxyType(
         {
             "apply_rope_fusion": False,
+            "bias_swiglu_fusion": False,  # needs no CUDA, but is slow where it is not compiled
             "distributed_backend": "gloo",
             "gradient_accumulation_fusion": False,
             "masked_softmax_fusion": False,
