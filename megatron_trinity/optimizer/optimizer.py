@@ -237,7 +237,6 @@ class TrinityOptimizer(MegatronOptimizer):
 
     def _adamw(self, config: OptimizerConfig, groups: Sequence[Group]) -> torch.optim.AdamW:
         units = self._of("adamw")
-        fused = torch.cuda.is_available()
         optimizer = torch.optim.AdamW(
             [
                 {
@@ -249,11 +248,11 @@ class TrinityOptimizer(MegatronOptimizer):
             ],
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
-            fused=fused,
+            fused=True,
         )
         for unit in units:
             # From the start, so that a checkpoint has them before the first step.
-            step = torch.zeros((), device=unit.weights.device if fused else "cpu")
+            step = torch.zeros((), device=unit.master.device)
             moments = {name: unit.state[name] for name in MOMENTS["adamw"]}
             optimizer.state[unit.master] = {"step": step, **moments}
         return optimizer
