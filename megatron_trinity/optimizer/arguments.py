@@ -112,7 +112,9 @@ def derive_schedule(args: argparse.Namespace) -> None:
     """
     args.lr_restart_samples = 0
     if args.step_batch_size_schedule is not None:
-        args.global_batch_size = None  # the ramp takes its place, and Megatron wants one of them
+        # The ramp takes the place of the preset's batch size; Megatron wants one of them.
+        args.global_batch_size = None
+        args._is_global_batch_size_explicitly_specified = False
     if args.train_tokens is None:
         _derive_from_iterations(args)
         return
