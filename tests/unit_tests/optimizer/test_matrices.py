@@ -10,10 +10,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from megatron_trinity.checkpoint.hf_mapping import GATE_UP, QKV
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.optimizer.matrices import Piece, parts, pieces
-from tests.trinity import afmoe_config
 
 HEADS, GROUPS, HEAD, HIDDEN = 8, 2, 4, 6
 QKV_KEY = "decoder.layers.0.self_attention.linear_qkv.weight"
@@ -55,11 +53,11 @@ def test_queries_gate_keys_and_values_are_those_of_hugging_face(ranks: int) -> N
         parameter = rows_of_rank.clone()  # at 4 and 8 ranks a query group spans several
         tensor = ShardedTensor.from_rank_offsets(QKV_KEY, parameter, (0, rank, ranks))
         held.append((parameter, pieces(parameter, [tensor], model_config())))
-    config = afmoe_config(
-        num_attention_heads=HEADS, num_key_value_heads=GROUPS, head_dim=HEAD, hidden_size=HIDDEN
-    )
+    # Megatron interleaves by query group: its query heads, its gate heads, its key, its value.
+    query = HEADS // GROUPS * HEAD
+    grouped = whole.unflatten(0, (GROUPS, -1)).split([query, query, HEAD, HEAD], dim=1)
     names = ("query", "gate", "key", "value")
-    expected = dict(zip(names, QKV.split(whole, config), strict=True))
+    expected = {name: part.flatten(0, 1) for name, part in zip(names, grouped, strict=True)}
     got = assembled(held)
     assert got.keys() == expected.keys()
     for name, matrix in expected.items():
@@ -84,8 +82,8 @@ def test_gate_and_up_of_an_expert_are_those_of_hugging_face(ranks: int) -> None:
         assert {piece.index for piece in found} == {(3,)}
         held.append((parameter, found))
     got = assembled(held)
-    assert torch.equal(got["gate"], GATE_UP.split(whole, afmoe_config())[0])
-    assert torch.equal(got["up"], GATE_UP.split(whole, afmoe_config())[1])
+    assert torch.equal(got["gate"], gate)
+    assert torch.equal(got["up"], up)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
