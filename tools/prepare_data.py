@@ -59,7 +59,7 @@ def main() -> None:
     arguments = parse_arguments()
     from megatron_trinity.data.encode import available_cpus
     from megatron_trinity.data.prepare import PrepareRequest, prepare_dataset
-    from megatron_trinity.data.progress import progress_for_terminal
+    from megatron_trinity.progress import progress_for_terminal
 
     request = PrepareRequest(
         sources=tuple(arguments.source),

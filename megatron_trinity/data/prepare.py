@@ -31,8 +31,8 @@ from megatron_trinity.data.encode import (
     token_dtype,
 )
 from megatron_trinity.data.indexed import check_indexed_dataset, unigram_entropy
-from megatron_trinity.data.progress import Progress, SilentProgress
 from megatron_trinity.errors import TrinityError, UsageError
+from megatron_trinity.progress import Progress, SilentProgress
 
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # Megatron's index has a sequence's length as int32
 
@@ -258,10 +258,8 @@ def _write_splits(
             else:
                 split = documents.assign_split(document.split_key, request.valid_fraction)
                 writers[split].add(document, ids)
-            progress.update(
-                sum(writer.documents for writer in writers.values()),
-                sum(writer.tokens for writer in writers.values()),
-                source_bytes,
-            )
+            documents_done = sum(writer.documents for writer in writers.values())
+            tokens = sum(writer.tokens for writer in writers.values())
+            progress.update(source_bytes, f"{documents_done:,} documents, {tokens:,} tokens")
     _refuse_empty(request, writers, report)
     return {split: writer.finish() for split, writer in writers.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from types import TracebackType
 from typing import Protocol, Self, TextIO
 
@@ -12,9 +13,9 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress(Protocol):
-    """A context within which `update` is told how much is done so far."""
+    """A context within which `update` is told how much is done so far, and what else to say."""
 
-    def update(self, documents: int, tokens: int, source_bytes: int) -> None: ...
+    def update(self, done_bytes: int, note: str = "") -> None: ...
 
     def __enter__(self) -> Self: ...
 
@@ -32,7 +33,7 @@ class SilentProgress:
     def __init__(self, total_bytes: int | None = None) -> None:
         self.total_bytes = total_bytes
 
-    def update(self, documents: int, tokens: int, source_bytes: int) -> None:
+    def update(self, done_bytes: int, note: str = "") -> None:
         pass
 
     def __enter__(self) -> Self:
@@ -61,19 +62,21 @@ class LineProgress(SilentProgress):
         self._clock = clock
         self._started = self._printed = clock()
 
-    def update(self, documents: int, tokens: int, source_bytes: int) -> None:
+    def update(self, done_bytes: int, note: str = "") -> None:
         now = self._clock()
         if now - self._printed < _SECONDS_BETWEEN_LINES:
             return
         self._printed = now
-        share = f" ({source_bytes / self.total_bytes:.0%})" if self.total_bytes else ""
-        rate = source_bytes / 1e6 / (now - self._started)
-        print(
-            f"{documents:,} documents, {tokens:,} tokens, {source_bytes / 1e6:,.1f} MB{share}, "
-            f"{rate:.1f} MB/s",
-            file=self._stream,
-            flush=True,
-        )
+        rate = done_bytes / (now - self._started)
+        words = [note] if note else []
+        words.append(f"{done_bytes / 1e6:,.1f} MB")
+        if self.total_bytes:
+            words[-1] += f" ({done_bytes / self.total_bytes:.0%})"
+        words.append(f"{rate / 1e6:.1f} MB/s")
+        if self.total_bytes and rate > 0:
+            left = max(0.0, self.total_bytes - done_bytes) / rate
+            words.append(f"{timedelta(seconds=round(left))} left")
+        print(", ".join(words), file=self._stream, flush=True)
 
 
 class BarProgress(SilentProgress):
@@ -88,15 +91,14 @@ class BarProgress(SilentProgress):
             progress.BarColumn(),
             progress.DownloadColumn(),
             progress.TransferSpeedColumn(),
-            progress.TextColumn("{task.fields[documents]:,} documents"),
-            progress.TextColumn("{task.fields[tokens]:,} tokens"),
+            progress.TextColumn("{task.fields[note]}"),
             progress.TimeRemainingColumn(),
             console=Console(stderr=True),
         )
-        self._task = self._bar.add_task("", total=total_bytes, documents=0, tokens=0)
+        self._task = self._bar.add_task("", total=total_bytes, note="")
 
-    def update(self, documents: int, tokens: int, source_bytes: int) -> None:
-        self._bar.update(self._task, completed=source_bytes, documents=documents, tokens=tokens)
+    def update(self, done_bytes: int, note: str = "") -> None:
+        self._bar.update(self._task, completed=done_bytes, note=note)
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megatron_trinity.data.progress import (
+from megatron_trinity.progress import (
     BarProgress,
     LineProgress,
     SilentProgress,
@@ -18,18 +18,18 @@ def test_a_line_every_five_seconds() -> None:
     stream = io.StringIO()
     with LineProgress(40_000_000, stream, lambda: next(times)) as progress:
         for step in range(1, 5):
-            progress.update(1_000 * step, 2_000_000 * step, 10_000_000 * step)
+            progress.update(10_000_000 * step, f"{step} files")
     assert stream.getvalue().splitlines() == [
-        "2,000 documents, 4,000,000 tokens, 20.0 MB (50%), 4.0 MB/s",
-        "4,000 documents, 8,000,000 tokens, 40.0 MB (100%), 4.0 MB/s",
+        "2 files, 20.0 MB (50%), 4.0 MB/s, 0:00:05 left",
+        "4 files, 40.0 MB (100%), 4.0 MB/s, 0:00:00 left",
     ]
 
 
 def test_no_share_where_the_total_is_unknown() -> None:
     times = iter([0.0, 5.0])
     stream = io.StringIO()
-    LineProgress(None, stream, lambda: next(times)).update(1, 2, 3_000_000)
-    assert stream.getvalue() == "1 documents, 2 tokens, 3.0 MB, 0.6 MB/s\n"
+    LineProgress(None, stream, lambda: next(times)).update(3_000_000)
+    assert stream.getvalue() == "3.0 MB, 0.6 MB/s\n"
 
 
 def test_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,10 +41,10 @@ def test_bar_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("total", [None, 100])
 def test_bar_draws(total: int | None, capsys: pytest.CaptureFixture[str]) -> None:
     with BarProgress(total) as progress:
-        progress.update(7, 1_234, 50)
-    assert "7 documents 1,234 tokens" in " ".join(capsys.readouterr().err.split())
+        progress.update(50, "7 documents, 1,234 tokens")
+    assert "7 documents, 1,234 tokens" in " ".join(capsys.readouterr().err.split())
 
 
 def test_silence() -> None:
     with SilentProgress(3) as progress:
-        progress.update(1, 2, 3)
+        progress.update(3)
