@@ -2,12 +2,13 @@
 """Write an AfMoE directory of Hugging Face from a Megatron checkpoint."""
 
 import argparse
+import os
 from pathlib import Path
 
-from megatron_trinity.errors import run_command
+from megatron_trinity.errors import TrinityError, UsageError, run_command
 
 EXAMPLE = """example:
-  python tools/export_hf.py --load runs/quickstart/checkpoints --hf runs/quickstart/hf
+  python tools/export_hf.py --load runs/quickstart/checkpoints --hf runs/quickstart/hf --verify
 """
 
 
@@ -24,24 +25,92 @@ def main() -> None:
     parser.add_argument(
         "--shard-gb", type=float, default=5.0, help="size of a weights file (default: %(default)s)"
     )
+    parser.add_argument(
+        "--experts",
+        choices=["per-expert", "fused"],
+        default="per-expert",
+        help="three matrices an expert, or stacks of all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-gb",
+        type=float,
+        default=2.0,
+        help="memory for values, in GiB, of all processes together (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=int, help="processes (default: one a CPU, 4 at most)")
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="write values that are not finite"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the directory")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare logits of the directory, with transformers, and of the checkpoint, in fp32; "
+        "a directory that is there already is compared and not written",
+    )
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="to compare with, repeatable"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        help="largest difference of two logits that passes (default: %(default)s)",
+    )
     args = parser.parse_args()
+    if args.prompt and not args.verify:
+        raise UsageError("--prompt goes with --verify")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
 
     from megatron_trinity.upstream import adapt_megatron
 
     adapt_megatron()
 
-    from megatron_trinity.checkpoint.hf_export import export_hf
+    if args.verify and args.hf.exists() and not args.overwrite:
+        print(f"{args.hf} is there already and is not written")
+    else:
+        export(args)
+    if args.verify:
+        verify(args)
 
-    written = export_hf(
+
+def export(args: argparse.Namespace) -> None:
+    from megatron_trinity.checkpoint.hf_export import export_hf
+    from megatron_trinity.checkpoint.units import memory_and_workers
+    from megatron_trinity.progress import progress_for_terminal
+
+    memory, workers = memory_and_workers(args.memory_gb, args.workers)
+    done = export_hf(
         args.load,
         args.hf,
         dtype=args.dtype,
         tokenizer=args.tokenizer,
+        experts=args.experts,
         shard_bytes=int(args.shard_gb * 1e9),
+        memory_bytes=memory,
+        workers=workers,
+        allow_nonfinite=args.allow_nonfinite,
         overwrite=args.overwrite,
+        show=progress_for_terminal,
     )
-    print(f"wrote {args.hf}: {written / 1e6:,.1f} MB of weights")
+    for name, count in done.nonfinite.items():
+        print(f"warning: {name} has {count} values that are not finite")
+    print(f"wrote {args.hf}: {done.written / 1e6:,.1f} MB of weights")
+
+
+def verify(args: argparse.Namespace) -> None:
+    from megatron_trinity.checkpoint.hf_verify import verify_export
+
+    found = verify_export(args.load, args.hf, args.prompt)
+    print(
+        f"{found.tokens} tokens: the largest difference of two logits is {found.difference:.2e}, "
+        f"the likeliest token is the same for {found.same_top:.1%}"
+    )
+    if not found.difference <= args.tolerance:
+        raise TrinityError(
+            f"{args.hf} and {args.load} differ by {found.difference:.2e}, more than --tolerance "
+            f"{args.tolerance:g}"
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from argparse import Namespace
 from typing import Any
 
@@ -70,6 +72,28 @@ def flags_from_hf_config(config: AfmoeConfig) -> list[str]:
     }
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     return [*flags, "--mup-enabled" if config.mup_enabled else "--no-mup-enabled"]
+
+
+def args_from_hf_config(config: AfmoeConfig, *flags: str) -> Namespace:
+    """The arguments of a run of one process with the model that a configuration describes.
+
+    Args:
+        flags: of the command line, beside those of the model.
+
+    Raises:
+        UsageError: the model is none that this project trains.
+    """
+    from megatron_trinity.arguments import parse_arguments
+
+    run = {
+        "--seq-length": str(config.max_position_embeddings),
+        "--micro-batch-size": "1",
+        "--train-iters": "1",
+        "--lr": "0",
+    }
+    words = [word for pair in run.items() for word in pair]
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron prints all arguments
+        return parse_arguments([*flags_from_hf_config(config), *words, *flags])
 
 
 def config_json(config: AfmoeConfig, dtype: str) -> dict[str, Any]:

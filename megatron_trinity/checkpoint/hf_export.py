@@ -2,29 +2,87 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from argparse import Namespace
-from collections.abc import Iterator
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from megatron_trinity.checkpoint.hf_config import config_json, hf_config_from_args
-from megatron_trinity.checkpoint.hf_mapping import entries, hf_tensors
-from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint
-from megatron_trinity.data.manifest import refuse_existing, staging_directory
-from megatron_trinity.errors import TrinityError
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+from megatron_trinity.checkpoint.hf_config import hf_config_from_args
+from megatron_trinity.checkpoint.hf_files import write_configs, write_json
+from megatron_trinity.checkpoint.hf_mapping import (
+    Entry,
+    Experts,
+    Shape,
+    check_shape,
+    entries,
+    prove_bijection,
+    refuse_left_over,
+    row_count,
 )
+from megatron_trinity.checkpoint.hf_source import INDEX, SINGLE
+from megatron_trinity.checkpoint.safetensors_files import (
+    FileLayout,
+    lay_out,
+    read_header,
+    write_from,
+)
+from megatron_trinity.checkpoint.slices import Slice, not_finite, overlaps, slices
+from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint, TorchDistTensors
+from megatron_trinity.checkpoint.units import Report, Unit, resumable_staging, run_units
+from megatron_trinity.data.manifest import refuse_existing
+from megatron_trinity.errors import TrinityError
+from megatron_trinity.progress import Progress, SilentProgress
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SLICE_SHARE = 8
+"""A process's memory has room for so many slices: what is read, converted and checked of one."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Rows of a slice, and where in a file they go as rows of a Hugging Face tensor."""
+
+    name: str
+    dtype: torch.dtype
+    offset: int
+    row: int
+    rows: int
+
+
+Read = tuple[str, Slice, tuple[Target, ...]]
+"""Canonical name of a tensor, a slice of it, and where the slice goes."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """A safetensors file, and what of the checkpoint goes into it."""
+
+    iteration: Path
+    file: Path
+    layout: FileLayout
+    reads: tuple[Read, ...]
+    allow_nonfinite: bool
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did.
+
+    Attributes:
+        written: bytes of tensors.
+        nonfinite: name of a Hugging Face tensor to its values that are not finite, if any.
+    """
+
+    written: int
+    nonfinite: dict[str, int]
+
+
+Shard = dict[str, tuple[torch.dtype, Shape]]
+"""What is in a safetensors file: the type and shape of each tensor, by name."""
 
 
 def export_hf(
@@ -32,9 +90,14 @@ def export_hf(
     hf: Path,
     dtype: str | None = None,
     tokenizer: Path | None = None,
+    experts: Experts = "per-expert",
     shard_bytes: int = 5 * 10**9,
+    memory_bytes: int = 2 * 2**30,
+    workers: int = 1,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
-) -> int:
+    show: Callable[[int | None], Progress] = SilentProgress,
+) -> Exported:
     """Write the directory `hf` from the checkpoint `load`; it appears whole or not at all.
 
     Args:
@@ -43,108 +106,137 @@ def export_hf(
         dtype: `fp32` or `bf16`, by default the one that the run trained in. Norm gains and expert
             biases are always fp32.
         tokenizer: directory to take the tokenizer from, by default the one that the run used.
+        experts: their form, three matrices each or stacks.
         shard_bytes: size at which a new safetensors file is begun.
+        memory_bytes: for values in all processes together.
+        workers: processes, each of them at another file.
+        allow_nonfinite: write values that are not finite.
         overwrite: replace what is there.
-    Returns: bytes of tensors written.
+        show: makes the progress display, given the bytes in all.
 
     Raises:
         TrinityError: a tensor is missing, left over or not finite, or a path is not usable.
     """
     checkpoint = TorchDistCheckpoint(load)
     args = checkpoint.args
-    dtype = dtype or ("bf16" if args.bf16 else "fp32")
-    tokenizer_dir = tokenizer or (Path(args.tokenizer_model) if args.tokenizer_model else None)
     if not overwrite:
         refuse_existing([hf], "is not replaced")
-    with staging_directory(hf.parent, hf.name) as staging:
+    torch_dtype = DTYPES[dtype or ("bf16" if args.bf16 else "fp32")]
+    tokenizer_dir = tokenizer or (Path(args.tokenizer_model) if args.tokenizer_model else None)
+    table = tuple(entries(hf_config_from_args(args), experts))
+    prove_bijection(table)
+    _check_tensors(checkpoint, table)
+    shards = list(_shards(table, torch_dtype, shard_bytes))
+    files = {_file_name(n, len(shards)): shard for n, shard in enumerate(shards)}
+    sizes = {file: sum(_nbytes(*said) for said in shard.values()) for file, shard in files.items()}
+    needed = sum(sizes.values())
+    modified = (checkpoint.path / ".metadata").stat().st_mtime_ns
+    with resumable_staging(hf, [str(checkpoint.path), modified, str(files)], needed) as staging:
         whole = staging / hf.name
-        whole.mkdir()
-        written = _write_weights(_converted(checkpoint, DTYPES[dtype]), whole, shard_bytes)
-        _write_configs(args, dtype, whole, tokenizer_dir)
+        whole.mkdir(exist_ok=True)
+        write_configs(args, str(torch_dtype).removeprefix("torch."), whole, tokenizer_dir)
+        reads = _reads(checkpoint, table, files, memory_bytes // workers // SLICE_SHARE)
+        units = [
+            Unit(
+                file,
+                sizes[file],
+                ShardJob(checkpoint.path, whole / file, layout, tuple(found), allow_nonfinite),
+            )
+            for file, (layout, found) in reads.items()
+        ]
+        outcomes = run_units(_write, units, staging, workers, show(needed))
+        if len(files) > 1:
+            weight_map = {name: file for file, shard in files.items() for name in shard}
+            index = {"metadata": {"total_size": needed}, "weight_map": weight_map}
+            write_json(whole / INDEX, index)
         if hf.exists():
             hf.rename(staging / "replaced")
         whole.rename(hf)
-    return written
+    nonfinite: Counter[str] = sum(outcomes, Counter())
+    return Exported(needed, dict(nonfinite))
 
 
-def _converted(checkpoint: TorchDistCheckpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor of the checkpoint, one Trinity tensor in memory at a time."""
-    config = hf_config_from_args(checkpoint.args)
+def _nbytes(dtype: torch.dtype, shape: Shape) -> int:
+    return row_count(shape) * shape[-1] * dtype.itemsize
+
+
+def _check_tensors(checkpoint: TorchDistTensors, table: Sequence[Entry]) -> None:
     left = set(checkpoint.model_keys())
-    for entry in entries(config):
-        whole = checkpoint.tensor(entry.trinity)
+    for entry in table:
+        found = checkpoint.shape(entry.trinity)
+        at_least = entry.shape[0]  # rows of the vocabulary are padded, to any number
+        check_shape(entry.trinity, found, entry.padded(max(found[0], at_least)))
         left.discard(entry.trinity)
-        for name, tensor in hf_tensors(entry, whole, config):
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                raise TrinityError(f"{name} has {bad} values that are not finite")
-            keeps_fp32 = tensor.ndim == 1
-            yield name, tensor.to(torch.float32 if keeps_fp32 else dtype).contiguous().clone()
-    if left:
-        raise TrinityError(f"no rule takes {', '.join(sorted(left))} of {checkpoint.path}")
+    refuse_left_over(left)
 
 
-def _write_weights(tensors: Iterator[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> int:
-    """Write safetensors files of about `shard_bytes` and their index."""
-    shards: list[dict[str, int]] = []  # name to bytes, one mapping a file
-    pending: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        if pending:
-            file = directory / f"part-{len(shards)}"
-            save_file(pending, file, metadata={"format": "pt"})
-            file.chmod(directory.stat().st_mode & 0o666)  # safetensors lets only the owner read
-            shards.append({name: tensor.nbytes for name, tensor in pending.items()})
-            pending.clear()
-
-    for name, tensor in tensors:
-        if sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
-            flush()
-        pending[name] = tensor
-    flush()
-    total = sum(sum(shard.values()) for shard in shards)
-    if len(shards) == 1:
-        (directory / "part-0").rename(directory / "model.safetensors")
-        return total
-    weight_map = {}
-    for number, shard in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"part-{number}").rename(directory / file)
-        weight_map.update(dict.fromkeys(shard, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(directory / "model.safetensors.index.json", index)
-    return total
+def _shards(table: Sequence[Entry], dtype: torch.dtype, shard_bytes: int) -> Iterator[Shard]:
+    """Hugging Face tensors in the order of the table, file by file."""
+    shard: Shard = {}
+    size = 0
+    for entry in table:
+        for name, shape in entry.hf.items():
+            kept = torch.float32 if len(shape) == 1 else dtype
+            if shard and size + _nbytes(kept, shape) > shard_bytes:
+                yield shard
+                shard, size = {}, 0
+            shard[name] = kept, shape
+            size += _nbytes(kept, shape)
+    yield shard
 
 
-def _write_configs(
-    args: Namespace, dtype: str, directory: Path, tokenizer_dir: Path | None
-) -> None:
-    """Write `config.json`, `generation_config.json` and the tokenizer's files."""
-    token_ids: dict[str, int] = {}
-    if tokenizer_dir is not None:
-        if not (tokenizer_dir / "tokenizer_config.json").is_file():
-            raise TrinityError(
-                f"{tokenizer_dir} holds no tokenizer; name its directory with --tokenizer"
-            )
-        for file in TOKENIZER_FILES:
-            if (tokenizer_dir / file).is_file():
-                shutil.copyfile(tokenizer_dir / file, directory / file)
-        token_ids = _special_token_ids(tokenizer_dir)
-    config = hf_config_from_args(args)
-    torch_dtype = str(DTYPES[dtype]).removeprefix("torch.")
-    _write_json(directory / "config.json", {**config_json(config, torch_dtype), **token_ids})
-    _write_json(directory / "generation_config.json", {"_from_model_config": True, **token_ids})
+def _file_name(number: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _special_token_ids(tokenizer_dir: Path) -> dict[str, int]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    ids = {
-        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+def _reads(
+    checkpoint: TorchDistTensors, table: Sequence[Entry], files: dict[str, Shard], max_bytes: int
+) -> dict[str, tuple[FileLayout, list[Read]]]:
+    """What to read for each file, and its layout."""
+    plan: dict[str, tuple[FileLayout, list[Read]]] = {
+        file: (lay_out((name, *said) for name, said in shard.items()), [])
+        for file, shard in files.items()
     }
-    return {name: number for name, number in ids.items() if number is not None}
+    file_of = {name: file for file, shard in files.items() for name in shard}
+    for entry in table:
+        itemsize = max(checkpoint.dtype(entry.trinity).itemsize, torch.float32.itemsize)
+        for part in slices(entry.shape, itemsize, max_bytes):
+            targets: dict[str, list[Target]] = {}
+            for piece in overlaps(entry.pieces, part):
+                file = file_of[piece.hf]
+                dtype, shape = files[file][piece.hf]
+                offset = plan[file][0].offsets[piece.hf] + _nbytes(dtype, (piece.hf_row, shape[-1]))
+                target = Target(piece.hf, dtype, offset, piece.row, piece.rows)
+                targets.setdefault(file, []).append(target)
+            for file, found in targets.items():
+                plan[file][1].append((entry.trinity, part, tuple(found)))
+    return plan
 
 
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+@cache
+def _tensors(iteration: Path) -> TorchDistTensors:
+    return TorchDistTensors(iteration)
+
+
+def _write(job: ShardJob, report: Report) -> Counter[str]:
+    """Write one file; returns the values of each tensor in it that are not finite."""
+    checkpoint = _tensors(job.iteration)
+    nonfinite: Counter[str] = Counter()
+    with open(job.file, "wb", buffering=0) as stream:
+        stream.write(job.layout.header)
+        for key, part, targets in job.reads:
+            values = checkpoint.rows(key, part.row, part.rows)
+            for target in targets:
+                rows = values[target.row : target.row + target.rows].to(target.dtype)
+                bad = not_finite(rows)
+                if bad:
+                    nonfinite[target.name] += bad
+                write_from(stream.fileno(), target.offset, rows)
+                report(rows.nbytes)
+        os.fsync(stream.fileno())
+    if nonfinite and not job.allow_nonfinite:
+        name, bad = next(iter(nonfinite.items()))
+        raise TrinityError(f"{name} has {bad} values that are not finite")
+    if read_header(job.file).keys() != job.layout.offsets.keys():
+        raise OSError(f"{job.file} was not written whole")
+    return nonfinite

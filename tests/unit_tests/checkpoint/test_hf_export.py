@@ -64,7 +64,7 @@ def export(
     from megatron_trinity.errors import TrinityError
 
     try:
-        return export_hf(load, hf, **options)
+        return export_hf(load, hf, **options).written
     except TrinityError as error:
         return type(error).__name__, str(error)
 

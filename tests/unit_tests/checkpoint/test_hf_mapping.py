@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
-from megatron_trinity.checkpoint.hf_mapping import QKV, entries, hf_tensors, to_hf, to_trinity
+from megatron_trinity.checkpoint.hf_mapping import (
+    LM_HEAD,
+    Experts,
+    Piece,
+    entries,
+    prove_bijection,
+    to_hf,
+    to_trinity,
+)
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.model.shards import whole_tensors
 from tests.distributed.pool import RankPools
@@ -125,10 +134,16 @@ def test_qkv_is_interleaved_by_query_group(groups: int, ratio: int, head_dim: in
                 rows += [matrix[head * head_dim + i] for i in range(head_dim)]
         for matrix in (key, value):
             rows += [matrix[group * head_dim + i] for i in range(head_dim)]
-    joined = QKV.join([query, gate, key, value], config)
-    assert torch.equal(joined, torch.stack(rows))
-    for part, expected in zip(QKV.split(joined, config), (query, gate, key, value), strict=True):
-        assert torch.equal(part, expected)
+    names = [f"model.layers.0.self_attn.{n}_proj.weight" for n in ("q", "gate", "k", "v")]
+    hf = per_expert(fused(config), config) | dict(
+        zip(names, (query, gate, key, value), strict=True)
+    )
+    joined = to_trinity(hf, config)
+    assert torch.equal(
+        joined["decoder.layers.0.self_attention.linear_qkv.weight"], torch.stack(rows)
+    )
+    back = to_hf(joined, config)
+    assert all(torch.equal(back[name], hf[name]) for name in names)
 
 
 def test_gate_stands_before_up_in_every_mlp() -> None:
@@ -164,13 +179,17 @@ def test_rows_beyond_the_vocabulary_are_dropped() -> None:
 
 
 def test_only_the_vocabulary_is_cut() -> None:
-    """A matrix may well have more rows than the vocabulary has entries."""
-    config = afmoe_config(vocab_size=5)
-    for entry in entries(config):
-        if "linear_qkv" in entry.trinity:
-            whole = torch.randn(12 * 16, 64)
-            rows = [len(tensor) for _, tensor in hf_tensors(entry, whole, config)]
-            assert rows == [64, 64, 32, 32]
+    """A matrix of another shape is refused, and a vocabulary with too few rows."""
+    config = afmoe_config()
+    ours = to_trinity(fused(config), config)
+    for name, rows in (("decoder.layers.2.self_attention.linear_qkv.weight", 192), (LM_HEAD, 160)):
+        wrong = dict(ours)
+        wrong[name] = ours[name][:-1]
+        with pytest.raises(TrinityError) as refused:
+            to_hf(wrong, config)
+        assert str(refused.value) == (
+            f"{name} has the shape [{rows - 1}, 64], and not [{rows}, 64]"
+        )
 
 
 @pytest.mark.parametrize(
@@ -206,10 +225,46 @@ def test_fused_experts_of_another_number_are_refused() -> None:
     config = afmoe_config()
     state = fused(config)
     name = "model.layers.1.mlp.experts.down_proj"
-    with pytest.raises(TrinityError, match=r"experts\.7\.down_proj\.weight is missing"):
-        to_trinity({**state, name: state[name][:7]}, config)
-    with pytest.raises(TrinityError, match=r"no rule takes .*experts\.8\.down_proj\.weight"):
-        to_trinity({**state, name: torch.cat([state[name], state[name][:1]])}, config)
+    for number in (7, 9):
+        stack = torch.cat([state[name], state[name]])[:number]
+        with pytest.raises(TrinityError, match=rf"^{name} has the shape \[{number}, 64, 48\], "):
+            to_trinity({**state, name: stack}, config)
+
+
+def test_many_left_over_tensors_are_counted() -> None:
+    config = afmoe_config()
+    extra = {f"extra.{number}": torch.zeros(1) for number in range(7)}
+    with pytest.raises(TrinityError) as wrong:
+        to_trinity({**fused(config), **extra}, config)
+    assert str(wrong.value) == (
+        "no rule takes extra.0, extra.1, extra.2, extra.3, extra.4 and 2 more"
+    )
+
+
+@pytest.mark.parametrize("experts", ["per-expert", "fused"])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_the_table_is_proved_a_bijection(case: str, experts: Experts) -> None:
+    prove_bijection(entries(afmoe_config(**CONFIGS[case]), experts))
+
+
+def test_a_table_that_loses_or_repeats_rows_is_found_out() -> None:
+    table = list(entries(afmoe_config()))
+    number = next(n for n, entry in enumerate(table) if "linear_qkv" in entry.trinity)
+    entry = table[number]
+    query = entry.pieces[0]
+
+    def message(pieces: list[Piece]) -> str:
+        broken = replace(entry, pieces=tuple(pieces))
+        with pytest.raises(TrinityError) as wrong:
+            prove_bijection([*table[:number], broken, *table[number + 1 :]])
+        return str(wrong.value)
+
+    rest = list(entry.pieces[1:])
+    assert message(rest).startswith("the mapping has row 0 of ")
+    assert message([query, query, *rest]).startswith("the mapping has row 0 of ")
+    assert message([*entry.pieces[:-1]]) == (f"the mapping has 176 rows of {entry.trinity}, of 192")
+    with pytest.raises(TrinityError, match="twice"):
+        prove_bijection([*table, table[0]])
 
 
 def test_what_our_side_lacks_or_has_too_much_is_named() -> None:

@@ -1,0 +1,261 @@
+"""An AfMoE directory of Hugging Face as a Megatron checkpoint: weights alone, for any layout."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_trinity.checkpoint.hf_config import args_from_hf_config
+from megatron_trinity.checkpoint.hf_files import TOKENIZER_CONFIG, carry_over, files_to_carry
+from megatron_trinity.checkpoint.hf_mapping import Entry
+from megatron_trinity.checkpoint.hf_source import HfDirectory, open_hf_directory
+from megatron_trinity.checkpoint.safetensors_files import DTYPES, StoredTensor, read_into
+from megatron_trinity.checkpoint.slices import not_finite, overlaps, slices
+from megatron_trinity.checkpoint.torch_dist import TRACKER
+from megatron_trinity.checkpoint.torch_dist_write import (
+    TensorSlice,
+    finish,
+    move_into_place,
+    object_items,
+    plan_files,
+    write_file,
+)
+from megatron_trinity.checkpoint.units import Report, Unit, resumable_staging, run_units
+from megatron_trinity.data.manifest import refuse_existing
+from megatron_trinity.errors import TrinityError
+from megatron_trinity.model.config import padded_vocab_size
+from megatron_trinity.progress import Progress, SilentProgress
+
+ITERATION = "release"
+"""Megatron's name for weights that no run has trained: it loads no optimizer with them."""
+
+CARRIED = "tokenizer"
+"""Directory beside it with the tokenizer, the chat template and `generation_config.json`."""
+
+DTYPE_FLAGS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FILE_SHARE, SLICE_SHARE = 2, 16
+"""A process's memory has room for so many files, and for so many slices."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of a Hugging Face tensor that become rows of a slice."""
+
+    name: str
+    stored: StoredTensor
+    hf_row: int
+    row: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """A file of the checkpoint: its slices, and what each of them is made of."""
+
+    directory: Path
+    plan: SavePlan
+    sources: dict[Any, tuple[Source, ...]]
+    allow_nonfinite: bool
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did.
+
+    Attributes:
+        written: bytes of tensors.
+        nonfinite: name of a Hugging Face tensor to its values that are not finite, if any.
+    """
+
+    written: int
+    nonfinite: dict[str, int]
+
+
+def import_hf(
+    hf: Path,
+    save: Path,
+    dtype: str | None = None,
+    memory_bytes: int = 2 * 2**30,
+    workers: int = 1,
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
+    show: Callable[[int | None], Progress] = SilentProgress,
+) -> Imported:
+    """Write a checkpoint of the model in `hf` under `save`; it appears whole or not at all.
+
+    Args:
+        hf: AfMoE directory with experts in either form, in one safetensors file or several.
+        save: directory of checkpoints.
+        dtype: `fp32` or `bf16` for matrices, by default as they are. Vectors become fp32.
+        memory_bytes: for values in all processes together.
+        workers: processes.
+        allow_nonfinite: take values that are not finite.
+        overwrite: replace a checkpoint.
+        show: makes the progress display, given the bytes in all.
+
+    Raises:
+        TrinityError: what is in `hf` is not one whole model, or a path is not usable.
+    """
+    source = open_hf_directory(hf)
+    assert source.dtype is not None
+    target = save / ITERATION
+    if not overwrite:
+        refuse_existing([save / TRACKER, target, save / CARRIED], "is not replaced")
+    matrices = DTYPE_FLAGS[dtype] if dtype else source.dtype
+    args = _args(source, matrices, save)
+    files = list(_files(source, args.padded_vocab_size, matrices, memory_bytes // workers))
+    needed = sum(piece.nbytes for file in files for piece, _ in file)
+    with resumable_staging(target, _fingerprint(source, files), needed) as staging:
+        whole, carried = staging / ITERATION, staging / CARRIED
+        for directory in (whole, carried):
+            directory.mkdir(exist_ok=True)
+        common, resolve = object_items(_objects(source, args))
+        items = [[piece.write_item() for piece, _ in file] for file in files]
+        plans, metadata = plan_files(whole, [*items, common])
+        units = [
+            Unit(
+                f"file-{number:05d}",
+                sum(piece.nbytes for piece, _ in file),
+                FileJob(whole, plan, _sources_of(plan, file), allow_nonfinite),
+            )
+            for number, (file, plan) in enumerate(zip(files, plans, strict=False))
+        ]
+        outcomes = run_units(_write, units, staging, workers, show(needed))
+        results = [written for written, _ in outcomes]
+        finish(whole, metadata, [*results, write_file(whole, plans[-1], resolve)])
+        nonfinite: Counter[str] = sum((found for _, found in outcomes), Counter())
+        if carry_over(hf, carried):
+            if (save / CARRIED).exists():
+                (save / CARRIED).rename(staging / "replaced tokenizer")
+            carried.rename(save / CARRIED)
+        move_into_place(whole, target, staging / "replaced", save / TRACKER)
+    return Imported(needed, dict(nonfinite))
+
+
+def _args(source: HfDirectory, matrices: torch.dtype, save: Path) -> Namespace:
+    flags = ["--bf16"] if matrices == torch.bfloat16 else []
+    if not (source.path / TOKENIZER_CONFIG).is_file():
+        flags += ["--tokenizer-type", "NullTokenizer"]
+    args = args_from_hf_config(source.config, *flags)
+    args.tokenizer_model = str((save / CARRIED).resolve()) if files_to_carry(source.path) else None
+    args.padded_vocab_size = padded_vocab_size(args)
+    return args
+
+
+def _objects(source: HfDirectory, args: Namespace) -> dict[str, Any]:
+    """What a checkpoint has beside tensors, by Megatron's keys of sharded objects."""
+    common = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": {
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+            "expert_bias_momentum": False,
+        },
+    }
+    objects: dict[str, Any] = {"common_state/shard_0_1": common}
+    for entry in source.table:
+        # Megatron's linear layers look for the extra state that they have with Transformer Engine.
+        if ".linear_" in entry.trinity:
+            experts = entry.shape[0] if len(entry.shape) == 3 else 1
+            key = entry.trinity.removesuffix("weight") + "_extra_state"
+            objects |= {f"{key}/shard_{number}_{experts}": None for number in range(experts)}
+    return objects
+
+
+Planned = tuple[TensorSlice, tuple[Source, ...]]
+
+
+def _files(
+    source: HfDirectory, padded_vocab: int, matrices: torch.dtype, memory: int
+) -> Iterator[list[Planned]]:
+    """Slices of the whole checkpoint, file by file."""
+    file: list[Planned] = []
+    size = 0
+    for entry in source.table:
+        shape = entry.padded(padded_vocab)
+        dtype = torch.float32 if len(shape) == 1 else matrices
+        for part in slices(shape, dtype.itemsize, memory // SLICE_SHARE):
+            piece = TensorSlice(entry.trinity, shape, dtype, part)
+            if file and size + piece.nbytes > memory // FILE_SHARE:
+                yield file
+                file, size = [], 0
+            file.append((piece, _sources(source, entry, piece)))
+            size += piece.nbytes
+    yield file
+
+
+def _sources(source: HfDirectory, entry: Entry, piece: TensorSlice) -> tuple[Source, ...]:
+    return tuple(
+        Source(found.hf, source.tensors[found.hf], found.hf_row, found.row, found.rows)
+        for found in overlaps(entry.pieces, piece.part)
+    )
+
+
+def _sources_of(plan: SavePlan, file: Sequence[Planned]) -> dict[Any, tuple[Source, ...]]:
+    return {item.index: found for item, (_, found) in zip(plan.items, file, strict=True)}
+
+
+def _fingerprint(source: HfDirectory, files: Sequence[Sequence[Planned]]) -> list[Any]:
+    """All that the files depend on: where everything comes from, and the sources' state."""
+    state = {file: file.stat() for file in {stored.file for stored in source.tensors.values()}}
+    return [
+        [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in sorted(state.items())],
+        [[str(piece) for piece, _ in file] for file in files],
+        source.config.to_json_string(),
+    ]
+
+
+def _write(job: FileJob, report: Report) -> tuple[list[WriteResult], Counter[str]]:
+    """Write one file; also returns the values of each source that are not finite."""
+    nonfinite: Counter[str] = Counter()
+
+    def resolve(item: WriteItem) -> Tensor:
+        data = item.tensor_data
+        assert data is not None
+        assert data.chunk is not None
+        values = torch.zeros(data.chunk.sizes, dtype=data.properties.dtype)  # padded rows are zero
+        rows = values.view(-1, values.shape[-1])
+        for source in job.sources[item.index]:
+            target = rows[source.row : source.row + source.rows]
+            _read(source, target)
+            bad = not_finite(target)
+            if bad:
+                nonfinite[source.name] += bad
+        report(values.nbytes)
+        return values
+
+    results = write_file(job.directory, job.plan, resolve)
+    if nonfinite and not job.allow_nonfinite:
+        name, bad = next(iter(nonfinite.items()))
+        raise TrinityError(f"{name} has {bad} values that are not finite")
+    return results, nonfinite
+
+
+def _read(source: Source, target: Tensor) -> None:
+    """Fill `target` with a source's rows.
+
+    Raises:
+        TrinityError: its file changed after it was checked.
+    """
+    stored = source.stored
+    dtype = DTYPES[stored.dtype]
+    rows = target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
+    offset = stored.offset + source.hf_row * stored.shape[-1] * dtype.itemsize
+    try:
+        with open(stored.file, "rb") as stream:
+            read_into(stream.fileno(), offset, rows)
+    except OSError as error:
+        raise TrinityError(f"{stored.file} cannot be read: {error}") from error
+    if rows is not target:
+        target.copy_(rows)
