@@ -1,0 +1,54 @@
+"""AfMoE directories of Hugging Face with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AfmoeConfig
+
+from megatron_trinity.checkpoint.hf_config import config_json
+from megatron_trinity.checkpoint.hf_mapping import Experts, entries
+
+INDEX = "model.safetensors.index.json"
+
+
+def random_tensors(
+    config: AfmoeConfig, dtype: torch.dtype, experts: Experts = "per-expert"
+) -> dict[str, Tensor]:
+    """Every tensor of a model: matrices of `dtype`, vectors in fp32."""
+    generator = torch.Generator().manual_seed(config.vocab_size)
+    tensors = {}
+    for entry in entries(config, experts):
+        for name, shape in entry.hf.items():
+            noise = torch.randn(shape, generator=generator)
+            if "norm" in name:
+                tensors[name] = 1 + 0.2 * noise
+            elif len(shape) == 1:
+                tensors[name] = 0.2 * noise
+            else:
+                tensors[name] = (0.05 * noise).to(dtype)
+    return tensors
+
+
+def write_afmoe(
+    path: Path, config: AfmoeConfig, tensors: dict[str, Tensor], files: int = 1
+) -> Path:
+    """Write a directory of so many safetensors files."""
+    path.mkdir(parents=True)
+    dtype = "bfloat16" if tensors["lm_head.weight"].dtype == torch.bfloat16 else "float32"
+    (path / "config.json").write_text(json.dumps(config_json(config, dtype)))
+    if files == 1:
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+    weight_map = {}
+    for number in range(files):
+        file = f"model-{number + 1:05d}-of-{files:05d}.safetensors"
+        part = dict(list(tensors.items())[number::files])
+        save_file(part, path / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path
