@@ -87,14 +87,19 @@ def _logits_of_transformers(hf: Path, ids: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _logits_of_megatron(checkpoint: TorchDistCheckpoint, ids: Sequence[Tensor]) -> list[Tensor]:
-    from megatron.core import dist_checkpointing
+    from megatron.core import dist_checkpointing, parallel_state
 
-    model = _build(checkpoint)
-    sharded = model.sharded_state_dict()
-    state = dist_checkpointing.load(dict(sharded), str(checkpoint.path))
-    model.load_state_dict({name: state[name] for name in sharded})
-    with torch.no_grad():
-        return [model.eval()(tokens, torch.arange(tokens.shape[1])[None], None) for tokens in ids]
+    try:
+        model = _build(checkpoint)
+        sharded = model.sharded_state_dict()
+        state = dist_checkpointing.load(dict(sharded), str(checkpoint.path))
+        model.load_state_dict({name: state[name] for name in sharded})
+        with torch.no_grad():
+            return [
+                model.eval()(tokens, torch.arange(tokens.shape[1])[None], None) for tokens in ids
+            ]
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 def _build(checkpoint: TorchDistCheckpoint) -> Any:
