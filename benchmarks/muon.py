@@ -7,7 +7,9 @@ projections as one matrix, as it does in training; `torch.optim.Muon`, which kno
 parameters, gets the matrices. Five Newton-Schulz steps on every side, in turn in one process; torch
 computes in bf16 whatever it is given. Peak memory of a step in a process of its own each.
 
-With `--device cuda` times are those of CUDA events and kernel launches are counted.
+On a CPU torch, which takes a matrix at a time, is timed on one matrix of each shape, once, and that
+is multiplied by their number: in bf16 the whole would take minutes. With `--device cuda` it gets
+them all; times are those of CUDA events, and kernel launches are counted.
 """
 
 from __future__ import annotations
@@ -194,12 +196,10 @@ def megatron(case: Case, found: Parameters, precision: str) -> Step:
 
 
 def torch_muon(case: Case, found: Parameters, precision: str) -> Step:
-    matrices = []
-    for name, parameter in found.items():
-        for rows in matrix_rows(case, name):
-            matrix = nn.Parameter(torch.cat([parameter.data[r] for r in rows]))
-            matrix.grad = torch.cat([parameter.grad[r] for r in rows])  # type: ignore[index]
-            matrices.append(matrix)
+    return torch_step([m for matrices in matrices_by_shape(case, found).values() for m in matrices])
+
+
+def torch_step(matrices: Sequence[nn.Parameter]) -> Step:
     optimizer = torch.optim.Muon(
         matrices,
         lr=LR,
@@ -209,7 +209,28 @@ def torch_muon(case: Case, found: Parameters, precision: str) -> Step:
         ns_steps=STEPS,
         adjust_lr_fn="original",
     )
-    return lambda: optimizer.step() and None
+
+    def step() -> None:
+        optimizer.step()
+
+    return step
+
+
+def matrices_by_shape(case: Case, found: Parameters) -> dict[torch.Size, list[nn.Parameter]]:
+    """Every matrix as a parameter with its gradient."""
+    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+    for name, parameter in found.items():
+        for rows in matrix_rows(case, name):
+            matrix = nn.Parameter(torch.cat([parameter.data[r] for r in rows]))
+            matrix.grad = torch.cat([parameter.grad[r] for r in rows])  # type: ignore[index]
+            by_shape.setdefault(matrix.shape, []).append(matrix)
+    return by_shape
+
+
+def torch_seconds_by_shape(case: Case, layers: int) -> float:
+    """Of a step of torch's on a CPU: one matrix of each shape, times their number."""
+    by_shape = matrices_by_shape(case, parameters(case, layers, "cpu"))
+    return sum(len(ms) * timed(torch_step(ms[:1]), "cpu") for ms in by_shape.values())
 
 
 def matrix_rows(case: Case, name: str) -> list[list[slice]]:
@@ -256,15 +277,16 @@ def seconds(
     case: Case, layers: int, device: str, precision: str, repetitions: int
 ) -> dict[str, list[float]]:
     """Side to seconds of each step, in turn; the first of each is not counted."""
-    steps = {
-        side: make(case, parameters(case, layers, device), precision)
-        for side, make in SIDES.items()
-    }
+    sides = [side for side in SIDES if device != "cpu" or side != "torch"]
+    steps = {s: SIDES[s](case, parameters(case, layers, device), precision) for s in sides}
     taken: dict[str, list[float]] = {side: [] for side in steps}
     for _ in range(1 + repetitions):
         for side, step in steps.items():
             taken[side].append(timed(step, device))
-    return {side: times[1:] for side, times in taken.items()}
+    taken = {side: times[1:] for side, times in taken.items()}
+    if device == "cpu":
+        taken["torch"] = [torch_seconds_by_shape(case, layers)]
+    return taken
 
 
 def timed(step: Step, device: str) -> float:

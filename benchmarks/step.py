@@ -171,8 +171,8 @@ class Peer:
         config._experts_implementation = experts
         config.use_cache = False
         self._model = AfmoeForCausalLM(config).train()
-        per_expert = to_hf(whole_tensors(ours.model[0].module), config)
-        self._model.load_state_dict(fused_experts(per_expert))
+        weights = to_hf(whole_tensors(ours.model[0].module), config, experts="fused")
+        self._model.load_state_dict(weights)
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         decayed = [p for p in self._parameters if p.ndim > 1]
         others = [p for p in self._parameters if p.ndim == 1]
@@ -195,28 +195,6 @@ class Peer:
         torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
         self._optimizer.step()
         return float(loss.detach())
-
-
-def fused_experts(per_expert: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with one tensor per expert, in the form that transformers holds in memory."""
-    import torch
-
-    fused: dict[str, Any] = {}
-    stacks: dict[str, dict[str, list[Any]]] = {}
-    for name, tensor in per_expert.items():
-        prefix, found, rest = name.partition(".experts.")
-        if found:
-            projection = rest.split(".")[1]
-            stacks.setdefault(prefix, {}).setdefault(projection, []).append(tensor)
-        else:
-            fused[name] = tensor
-    for prefix, projections in stacks.items():
-        gate, up, down = (
-            torch.stack(projections[name]) for name in ("gate_proj", "up_proj", "down_proj")
-        )
-        fused[f"{prefix}.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
-        fused[f"{prefix}.experts.down_proj"] = down
-    return fused
 
 
 def fastest_peer(ours: Ours, data: Iterator[Batch]) -> tuple[str, Peer]:

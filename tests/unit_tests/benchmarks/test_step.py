@@ -8,10 +8,8 @@ from itertools import count
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.step import MICRO_BATCH, SEQUENCE, Times, alternate, check_same_start, rows
-from benchmarks.step import fused_experts as fused
 from megatron_trinity.errors import TrinityError
 
 
@@ -45,27 +43,6 @@ def test_rows_are_tokens_per_second_of_medians() -> None:
     )
     assert (cpu["ours"], cpu["peer"], cpu["ratio"]) == (tokens, tokens / 2, 2.0)
     assert (wall["ours"], wall["peer"], wall["ratio"]) == (tokens * 2, tokens, 2.0)
-
-
-def test_experts_are_stacked_gate_first() -> None:
-    def matrix(number: int, rows: int, columns: int) -> torch.Tensor:
-        return torch.full((rows, columns), float(number))
-
-    state: Mapping[str, torch.Tensor] = {
-        "norm.weight": torch.ones(3),
-        **{
-            f"mlp.experts.{expert}.{name}.weight": matrix(10 * expert + number, *shape)
-            for expert in range(2)
-            for number, (name, shape) in enumerate(
-                {"gate_proj": (4, 3), "up_proj": (4, 3), "down_proj": (3, 4)}.items()
-            )
-        },
-    }
-    got = fused(state)
-    assert sorted(got) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "norm.weight"]
-    assert got["mlp.experts.gate_up_proj"].shape == (2, 8, 3)
-    assert got["mlp.experts.gate_up_proj"][:, ::4, 0].tolist() == [[0, 1], [10, 11]]
-    assert got["mlp.experts.down_proj"][:, 0, 0].tolist() == [2, 12]
 
 
 def test_a_different_start_is_an_error() -> None:
