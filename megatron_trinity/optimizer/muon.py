@@ -97,9 +97,9 @@ class Muon:
         if not finite.all():
             broken = units[int(finite.logical_not().nonzero()[0])]
             raise TrinityError(
-                f"the momentum of {broken.name} is not finite; nothing was updated, so the newest "
-                "checkpoint is good: look at the gradient norm before this step, lower --lr, or "
-                "resume behind it"
+                f"the momentum of {broken.name} is not finite; no weight was updated, and the "
+                "newest checkpoint is good: look at the gradient norm before this step, lower --lr "
+                "and resume"
             )
 
     def update(self, rates: Mapping[str, tuple[float, float]]) -> None:
