@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AfmoeConfig
 
-from tests.trinity import afmoe_config, parse
+from tests.trinity import afmoe_config, build, parse
 
 FLAGS = (
     *("--optimizer", "muon", "--lr", "2e-3", "--min-lr", "1e-4", "--adamw-lr", "1e-3"),
@@ -29,7 +29,6 @@ def config() -> AfmoeConfig:
 def canonical_shapes(rank: int, world_size: int) -> dict[str, tuple[int, ...]]:
     """Canonical name to shape of every trainable tensor; for one rank."""
     from megatron_trinity.model.shards import model_shards
-    from tests.trinity import build
 
     shards = model_shards(build(parse(config())))
     return {
@@ -73,6 +72,9 @@ def whole(shapes: Mapping[str, Sequence[int]], parts: Sequence[Part]) -> dict[st
 
 def build_optimizer(flags: Sequence[str], weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
     """A rank's model, with these weights, and its optimizer."""
+    from megatron.core.tensor_parallel import (
+        set_defaults_if_not_set_tensor_model_parallel_attributes,
+    )
     from megatron.training.training import get_megatron_optimizer_config
 
     from megatron_trinity.model.shards import load_whole_tensors, model_shards
@@ -80,7 +82,9 @@ def build_optimizer(flags: Sequence[str], weights: Mapping[str, Tensor]) -> tupl
     from megatron_trinity.optimizer.param_groups import groups_from_args
 
     args = parse(config(), [*FLAGS, *flags])
-    model = build_with_instances(args)
+    model = build(args)
+    for parameter in model.parameters():
+        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     biases = {s.key: torch.zeros(s.global_shape) for s in model_shards(model)}
     load_whole_tensors(model, {**biases, **weights})
     if args.bf16:
@@ -94,33 +98,6 @@ def build_optimizer(flags: Sequence[str], weights: Mapping[str, Tensor]) -> tupl
     for group in optimizer.param_groups:
         group["lr"] = group["max_lr"]
     return model, optimizer
-
-
-def build_with_instances(args: Any) -> Any:
-    """As `tests.trinity.build`, with context parallelism and several optimizer instances."""
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel import (
-        set_defaults_if_not_set_tensor_model_parallel_attributes,
-    )
-
-    from megatron_trinity.model.builder import TrinityModelBuilder
-    from megatron_trinity.model.config import model_config_from_args
-
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-        num_distributed_optimizer_instances=args.num_distributed_optimizer_instances,
-    )
-    tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = TrinityModelBuilder(model_config_from_args(args)).build_model(groups)
-    for parameter in model.parameters():
-        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-    return model
 
 
 def set_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:

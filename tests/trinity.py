@@ -67,8 +67,10 @@ def build(args: Namespace) -> Any:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        num_distributed_optimizer_instances=args.num_distributed_optimizer_instances,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -9,7 +9,7 @@ and expert parallelism need no code here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,7 +69,14 @@ def parameter_parts(model: MegatronModule) -> Iterator[tuple[nn.Parameter, list[
             continue
         if id(parameter) not in entries:
             raise TrinityError(f"{name} has no place in the model's sharded state dict")
-        yield parameter, list(_sharded_tensors(entries[id(parameter)]))
+        # Views that autograd knew would tie the model to its own hooks, and it would never go.
+        yield (
+            parameter,
+            [
+                replace(part, data=part.data.detach())
+                for part in _sharded_tensors(entries[id(parameter)])
+            ],
+        )
 
 
 def local_row(view: Tensor, parameter: Tensor) -> int:

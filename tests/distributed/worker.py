@@ -13,6 +13,7 @@ import random
 import signal
 import threading
 import traceback
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -120,6 +121,25 @@ def _answer(request: bytes, rank: int, world_size: int) -> bytes:
         return pickle.dumps(Answer(error=traceback.format_exc()))
 
 
+def _let_go_of_models() -> None:
+    """Break cycles through autograd, which the collector cannot see, and empty caches of methods.
+
+    A parameter's gradient hooks hold Megatron's wrapper of the model, and the distributed optimizer
+    holds views of parameters. With a model live its process groups, of which each has threads that
+    wake up a hundred times a second.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    for method in vars(RotaryEmbedding).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
+    wrappers = [o for o in gc.get_objects() if isinstance(o, DistributedDataParallel)]
+    for referrer in gc.get_referrers(*wrappers) if wrappers else []:
+        if isinstance(referrer, types.CellType):
+            referrer.cell_contents = None
+
+
 def _reset(call: Call, rank: int, world_size: int) -> None:
     """Forget the previous call: Megatron's global state, process groups, random numbers, garbage.
 
@@ -135,6 +155,7 @@ def _reset(call: Call, rank: int, world_size: int) -> None:
 
     destroy_global_state()
     destroy_moe_metrics_tracker()
+    _let_go_of_models()
     initialize_rng_tracker(force_reset=True)
     if dist.is_initialized():
         dist.destroy_process_group()
