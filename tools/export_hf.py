@@ -41,6 +41,18 @@ def main() -> None:
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="write values that are not finite"
     )
+    parser.add_argument(
+        "--fp8",
+        choices=["block"],
+        help="matrices of attention, MLPs and experts in e4m3, with a scale for each block of "
+        "128 x 128",
+    )
+    parser.add_argument(
+        "--fp8-report",
+        type=Path,
+        metavar="FILE",
+        help="write the relative error of each matrix in FP8, as JSON",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the directory")
     parser.add_argument(
         "--verify",
@@ -60,6 +72,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.prompt and not args.verify:
         raise UsageError("--prompt goes with --verify")
+    if args.fp8 and args.verify:
+        raise UsageError("--verify compares weights as they are, not in FP8: leave one out")
+    if args.fp8_report:
+        if not args.fp8:
+            raise UsageError("--fp8-report goes with --fp8")
+        if not args.fp8_report.parent.is_dir():
+            raise UsageError(f"--fp8-report: {args.fp8_report.parent} is no directory")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
 
     from megatron_trinity.upstream import adapt_megatron
@@ -76,6 +95,7 @@ def main() -> None:
 
 def export(args: argparse.Namespace) -> None:
     from megatron_trinity.checkpoint.hf_export import export_hf
+    from megatron_trinity.checkpoint.hf_files import write_json
     from megatron_trinity.checkpoint.units import memory_and_workers
     from megatron_trinity.progress import progress_for_terminal
 
@@ -91,11 +111,21 @@ def export(args: argparse.Namespace) -> None:
         workers=workers,
         allow_nonfinite=args.allow_nonfinite,
         overwrite=args.overwrite,
+        fp8=args.fp8 is not None,
         show=progress_for_terminal,
     )
     for name, count in done.nonfinite.items():
         print(f"warning: {name} has {count} values that are not finite")
     print(f"wrote {args.hf}: {done.written / 1e6:,.1f} MB of weights")
+    errors = done.fp8_errors
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        print(
+            f"relative error of {len(errors)} matrices in FP8: mean "
+            f"{sum(errors.values()) / len(errors):.2%}, largest {errors[worst]:.2%} ({worst})"
+        )
+    if args.fp8_report:
+        write_json(args.fp8_report, errors)
 
 
 def verify(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,11 +11,23 @@ from pathlib import Path
 
 import torch
 
+from megatron_trinity.checkpoint.fp8 import E4M3, scale_shape
 from megatron_trinity.checkpoint.hf_config import hf_config_from_args
 from megatron_trinity.checkpoint.hf_files import write_configs, write_json
+from megatron_trinity.checkpoint.hf_fp8 import (
+    Band,
+    Quantized,
+    bands,
+    is_quantized,
+    quantization_config,
+    refuse_partial_blocks,
+    scale_name,
+    write_band,
+)
 from megatron_trinity.checkpoint.hf_mapping import (
     Entry,
     Experts,
+    Piece,
     Shape,
     check_shape,
     entries,
@@ -34,7 +46,7 @@ from megatron_trinity.checkpoint.slices import Slice, not_finite, overlaps, slic
 from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint, TorchDistTensors
 from megatron_trinity.checkpoint.units import Report, Unit, resumable_staging, run_units
 from megatron_trinity.data.manifest import refuse_existing
-from megatron_trinity.errors import TrinityError
+from megatron_trinity.errors import TrinityError, UsageError
 from megatron_trinity.progress import Progress, SilentProgress
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -65,6 +77,7 @@ class ShardJob:
     file: Path
     layout: FileLayout
     reads: tuple[Read, ...]
+    bands: tuple[Band, ...]
     allow_nonfinite: bool
 
 
@@ -75,10 +88,13 @@ class Exported:
     Attributes:
         written: bytes of tensors.
         nonfinite: name of a Hugging Face tensor to its values that are not finite, if any.
+        fp8_errors: name of each matrix in FP8 to the Frobenius norm of its rounding, relative to
+            that of the matrix.
     """
 
     written: int
     nonfinite: dict[str, int]
+    fp8_errors: dict[str, float]
 
 
 Shard = dict[str, tuple[torch.dtype, Shape]]
@@ -96,6 +112,7 @@ def export_hf(
     workers: int = 1,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
+    fp8: bool = False,
     show: Callable[[int | None], Progress] = SilentProgress,
 ) -> Exported:
     """Write the directory `hf` from the checkpoint `load`; it appears whole or not at all.
@@ -112,11 +129,20 @@ def export_hf(
         workers: processes, each of them at another file.
         allow_nonfinite: write values that are not finite.
         overwrite: replace what is there.
+        fp8: write the matrices of attention, MLPs and experts in FP8 by blocks.
         show: makes the progress display, given the bytes in all.
 
     Raises:
-        TrinityError: a tensor is missing, left over or not finite, or a path is not usable.
+        UsageError: FP8 is asked for with stacks of experts, or with values that are not finite.
+        TrinityError: a tensor is missing, left over or not finite, a path is not usable, or
+            matrices are not whole blocks for FP8.
     """
+    if fp8 and experts != "per-expert":
+        raise UsageError("FP8 is read with three matrices an expert: --experts per-expert")
+    if fp8 and allow_nonfinite:
+        raise UsageError(
+            "a block that is not finite has no scale: leave out --allow-nonfinite or --fp8"
+        )
     checkpoint = TorchDistCheckpoint(load)
     args = checkpoint.args
     if not overwrite:
@@ -126,7 +152,10 @@ def export_hf(
     table = tuple(entries(hf_config_from_args(args), experts))
     prove_bijection(table)
     _check_tensors(checkpoint, table)
-    shards = list(_shards(table, torch_dtype, shard_bytes))
+    quantized = [entry for entry in table if fp8 and is_quantized(entry)]
+    plain = [entry for entry in table if not (fp8 and is_quantized(entry))]
+    refuse_partial_blocks(quantized)
+    shards = list(_shards(table, torch_dtype, shard_bytes, fp8))
     files = {_file_name(n, len(shards)): shard for n, shard in enumerate(shards)}
     sizes = {file: sum(_nbytes(*said) for said in shard.values()) for file, shard in files.items()}
     needed = sum(sizes.values())
@@ -134,15 +163,30 @@ def export_hf(
     with resumable_staging(hf, [str(checkpoint.path), modified, str(files)], needed) as staging:
         whole = staging / hf.name
         whole.mkdir(exist_ok=True)
-        write_configs(args, str(torch_dtype).removeprefix("torch."), whole, tokenizer_dir)
-        reads = _reads(checkpoint, table, files, memory_bytes // workers // SLICE_SHARE)
+        quantization = quantization_config(table) if fp8 else None
+        dtype_name = str(torch_dtype).removeprefix("torch.")
+        write_configs(args, dtype_name, whole, tokenizer_dir, quantization)
+        layouts = {
+            file: lay_out((name, *said) for name, said in shard.items())
+            for file, shard in files.items()
+        }
+        slice_bytes = memory_bytes // workers // SLICE_SHARE
+        reads = _reads(checkpoint, plain, files, layouts, slice_bytes)
+        banded = _bands(quantized, layouts, slice_bytes)
         units = [
             Unit(
                 file,
                 sizes[file],
-                ShardJob(checkpoint.path, whole / file, layout, tuple(found), allow_nonfinite),
+                ShardJob(
+                    checkpoint.path,
+                    whole / file,
+                    layout,
+                    tuple(reads[file]),
+                    tuple(banded[file]),
+                    allow_nonfinite,
+                ),
             )
-            for file, (layout, found) in reads.items()
+            for file, layout in layouts.items()
         ]
         outcomes = run_units(_write, units, staging, workers, show(needed))
         if len(files) > 1:
@@ -152,8 +196,12 @@ def export_hf(
         if hf.exists():
             hf.rename(staging / "replaced")
         whole.rename(hf)
-    nonfinite: Counter[str] = sum(outcomes, Counter())
-    return Exported(needed, dict(nonfinite))
+    nonfinite: Counter[str] = Counter()
+    fp8_errors: dict[str, float] = {}
+    for counted, errors in outcomes:
+        nonfinite += counted
+        fp8_errors |= errors
+    return Exported(needed, dict(nonfinite), fp8_errors)
 
 
 def _nbytes(dtype: torch.dtype, shape: Shape) -> int:
@@ -170,18 +218,28 @@ def _check_tensors(checkpoint: TorchDistTensors, table: Sequence[Entry]) -> None
     refuse_left_over(left)
 
 
-def _shards(table: Sequence[Entry], dtype: torch.dtype, shard_bytes: int) -> Iterator[Shard]:
-    """Hugging Face tensors in the order of the table, file by file."""
+def _shards(
+    table: Sequence[Entry], dtype: torch.dtype, shard_bytes: int, fp8: bool
+) -> Iterator[Shard]:
+    """Hugging Face tensors in the order of the table, file by file; scales with their matrix."""
     shard: Shard = {}
     size = 0
     for entry in table:
         for name, shape in entry.hf.items():
-            kept = torch.float32 if len(shape) == 1 else dtype
-            if shard and size + _nbytes(kept, shape) > shard_bytes:
+            stored: Shard
+            if fp8 and is_quantized(entry):
+                stored = {
+                    name: (E4M3, shape),
+                    scale_name(name): (torch.float32, scale_shape(shape)),
+                }
+            else:
+                stored = {name: (torch.float32 if len(shape) == 1 else dtype, shape)}
+            more = sum(_nbytes(*said) for said in stored.values())
+            if shard and size + more > shard_bytes:
                 yield shard
                 shard, size = {}, 0
-            shard[name] = kept, shape
-            size += _nbytes(kept, shape)
+            shard |= stored
+            size += more
     yield shard
 
 
@@ -190,13 +248,14 @@ def _file_name(number: int, count: int) -> str:
 
 
 def _reads(
-    checkpoint: TorchDistTensors, table: Sequence[Entry], files: dict[str, Shard], max_bytes: int
-) -> dict[str, tuple[FileLayout, list[Read]]]:
-    """What to read for each file, and its layout."""
-    plan: dict[str, tuple[FileLayout, list[Read]]] = {
-        file: (lay_out((name, *said) for name, said in shard.items()), [])
-        for file, shard in files.items()
-    }
+    checkpoint: TorchDistTensors,
+    table: Sequence[Entry],
+    files: dict[str, Shard],
+    layouts: dict[str, FileLayout],
+    max_bytes: int,
+) -> dict[str, list[Read]]:
+    """What to read for each file."""
+    plan: dict[str, list[Read]] = defaultdict(list)
     file_of = {name: file for file, shard in files.items() for name in shard}
     for entry in table:
         itemsize = max(checkpoint.dtype(entry.trinity).itemsize, torch.float32.itemsize)
@@ -205,11 +264,27 @@ def _reads(
             for piece in overlaps(entry.pieces, part):
                 file = file_of[piece.hf]
                 dtype, shape = files[file][piece.hf]
-                offset = plan[file][0].offsets[piece.hf] + _nbytes(dtype, (piece.hf_row, shape[-1]))
+                offset = layouts[file].offsets[piece.hf] + _nbytes(dtype, (piece.hf_row, shape[-1]))
                 target = Target(piece.hf, dtype, offset, piece.row, piece.rows)
                 targets.setdefault(file, []).append(target)
             for file, found in targets.items():
-                plan[file][1].append((entry.trinity, part, tuple(found)))
+                plan[file].append((entry.trinity, part, tuple(found)))
+    return plan
+
+
+def _bands(
+    quantized: Sequence[Entry], layouts: dict[str, FileLayout], max_bytes: int
+) -> dict[str, list[Band]]:
+    """The bands that each file is made of."""
+    file_of = {name: file for file, layout in layouts.items() for name in layout.offsets}
+    plan: dict[str, list[Band]] = defaultdict(list)
+    for entry in quantized:
+        pieces: dict[str, list[Piece]] = defaultdict(list)
+        for piece in entry.pieces:
+            pieces[piece.hf].append(piece)
+        for name, of_matrix in pieces.items():
+            file = file_of[name]
+            plan[file].extend(bands(entry, name, of_matrix, layouts[file], max_bytes))
     return plan
 
 
@@ -218,10 +293,11 @@ def _tensors(iteration: Path) -> TorchDistTensors:
     return TorchDistTensors(iteration)
 
 
-def _write(job: ShardJob, report: Report) -> Counter[str]:
-    """Write one file; returns the values of each tensor in it that are not finite."""
+def _write(job: ShardJob, report: Report) -> tuple[Counter[str], dict[str, float]]:
+    """Write one file; returns what is not finite and the errors of FP8, as `Exported` has them."""
     checkpoint = _tensors(job.iteration)
     nonfinite: Counter[str] = Counter()
+    matrices: dict[str, Quantized] = defaultdict(Quantized)
     with open(job.file, "wb", buffering=0) as stream:
         stream.write(job.layout.header)
         for key, part, targets in job.reads:
@@ -233,10 +309,15 @@ def _write(job: ShardJob, report: Report) -> Counter[str]:
                     nonfinite[target.name] += bad
                 write_from(stream.fileno(), target.offset, rows)
                 report(rows.nbytes)
+        for band in job.bands:
+            done = write_band(checkpoint, band, stream.fileno())
+            matrices[band.name] += done
+            report(done.nbytes)
         os.fsync(stream.fileno())
+    nonfinite.update({name: m.nonfinite for name, m in matrices.items() if m.nonfinite})
     if nonfinite and not job.allow_nonfinite:
         name, bad = next(iter(nonfinite.items()))
         raise TrinityError(f"{name} has {bad} values that are not finite")
     if read_header(job.file).keys() != job.layout.offsets.keys():
         raise OSError(f"{job.file} was not written whole")
-    return nonfinite
+    return nonfinite, {name: matrix.relative_error for name, matrix in matrices.items()}

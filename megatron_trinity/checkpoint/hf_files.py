@@ -51,7 +51,11 @@ def files_to_carry(source: Path) -> list[Path]:
 
 
 def write_configs(
-    args: Namespace, torch_dtype: str, directory: Path, tokenizer_dir: Path | None
+    args: Namespace,
+    torch_dtype: str,
+    directory: Path,
+    tokenizer_dir: Path | None,
+    quantization: dict[str, Any] | None = None,
 ) -> None:
     """Write `config.json`, `generation_config.json` and the tokenizer's files.
 
@@ -59,6 +63,7 @@ def write_configs(
         args: of the run.
         torch_dtype: type of the matrices, as torch names it.
         tokenizer_dir: where the run has its tokenizer.
+        quantization: what to say of it in `config.json`, if anything.
 
     Raises:
         TrinityError: `tokenizer_dir` has no tokenizer.
@@ -75,6 +80,8 @@ def write_configs(
             generation = parse_json(directory / GENERATION_CONFIG)
     token_ids = {name: generation[name] for name in TOKEN_IDS if name in generation}
     config = config_json(hf_config_from_args(args), torch_dtype)
+    if quantization is not None:
+        config["quantization_config"] = quantization
     write_json(directory / "config.json", {**config, **token_ids})
     if not (directory / GENERATION_CONFIG).is_file():
         write_json(directory / GENERATION_CONFIG, generation)

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_trinity.checkpoint.hf_config import args_from_hf_config, hf_config_from_args
 from megatron_trinity.checkpoint.hf_files import TOKENIZER_CONFIG
 from megatron_trinity.checkpoint.hf_mapping import EMBEDDING
+from megatron_trinity.checkpoint.safetensors_files import parse_json
 from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_trinity.errors import TrinityError, UsageError
 
@@ -49,8 +50,10 @@ def verify_export(load: Path, hf: Path, prompts: Sequence[str] = ()) -> Agreemen
 
     Raises:
         UsageError: prompts are given, and there is no tokenizer.
-        TrinityError: transformers does not find each of its tensors.
+        TrinityError: the directory is quantised, or transformers does not find each of its tensors.
     """
+    if "quantization_config" in parse_json(hf / "config.json"):
+        raise TrinityError(f"{hf} is quantised; --verify compares weights as they are")
     checkpoint = TorchDistCheckpoint(load)
     ids = _token_ids(hf, prompts, checkpoint.args.vocab_size)
     theirs = _logits_of_transformers(hf, ids)

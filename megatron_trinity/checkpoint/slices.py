@@ -33,9 +33,13 @@ class Slice:
         return (self.row // height, self.row % height, 0), (1, self.rows, width)
 
 
-def slices(shape: Shape, itemsize: int, max_bytes: int) -> Iterator[Slice]:
-    """Cut a tensor of one to three axes into slices of at most `max_bytes`, but at least a row."""
-    most = max(1, max_bytes // (shape[-1] * itemsize))
+def slices(shape: Shape, itemsize: int, max_bytes: int, multiple: int = 1) -> Iterator[Slice]:
+    """Cut a tensor of one to three axes into slices of at most `max_bytes`.
+
+    They begin at a multiple of `multiple` rows, and have so many at least, whatever `max_bytes` is.
+    """
+    fitting = max_bytes // (shape[-1] * itemsize)
+    most = max(multiple, fitting // multiple * multiple)
     height = shape[-2] if len(shape) > 1 else 1
     for first in range(0, row_count(shape), height):
         for row in range(0, height, most):

@@ -19,17 +19,23 @@ from megatron_trinity.checkpoint.slices import Slice, not_finite, overlaps, slic
         st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 5)),
     ),
     max_bytes=st.integers(1, 200),
+    multiple=st.integers(1, 4),
 )
-def test_slices_are_boxes_that_cover_a_tensor_once(shape: tuple[int, ...], max_bytes: int) -> None:
+def test_slices_are_boxes_that_cover_a_tensor_once(
+    shape: tuple[int, ...], max_bytes: int, multiple: int
+) -> None:
     seen = np.zeros(shape, dtype=int)
     flat = np.arange(seen.size).reshape(row_count(shape), shape[-1])
-    for part in slices(shape, 2, max_bytes):
+    height = shape[-2] if len(shape) > 1 else 1
+    for part in slices(shape, 2, max_bytes, multiple):
         offsets, sizes = part.box(shape)
         box = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
         seen[box] += 1
         rows = flat[part.row : part.row + part.rows].ravel()
         assert np.array_equal(np.arange(seen.size).reshape(shape)[box].ravel(), rows)
-        assert part.rows == 1 or part.rows * shape[-1] * 2 <= max_bytes
+        assert part.rows <= multiple or part.rows * shape[-1] * 2 <= max_bytes
+        assert part.row % height % multiple == 0
+        assert part.rows % multiple == 0 or (part.row + part.rows) % height == 0
     assert (seen == 1).all()
 
 
