@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_trinity.checkpoint.hf_mapping import Piece, row_count
@@ -21,6 +21,8 @@ from megatron_trinity.checkpoint.slices import Slice, not_finite, overlaps, slic
     max_bytes=st.integers(1, 200),
     multiple=st.integers(1, 4),
 )
+@example(shape=(9, 3), max_bytes=18, multiple=2)  # three rows would fit
+@example(shape=(2, 9, 3), max_bytes=5, multiple=4)  # not a row would
 def test_slices_are_boxes_that_cover_a_tensor_once(
     shape: tuple[int, ...], max_bytes: int, multiple: int
 ) -> None:
