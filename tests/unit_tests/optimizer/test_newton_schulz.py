@@ -13,7 +13,7 @@ from megatron_trinity.optimizer.newton_schulz import (
     lr_scale,
     newton_schulz,
 )
-from megatron_trinity.validation import COEFFICIENT_TYPES
+from megatron_trinity.optimizer.refusals import COEFFICIENT_TYPES
 
 DION = [
     (4.0848, -6.8946, 2.9270),
