@@ -33,6 +33,10 @@ class Batch:
     owners: tuple[int, ...]
     pieces: tuple[tuple[Piece, ...], ...]
 
+    def owned_by(self, rank: int) -> list[Name]:
+        """The matrices that a tensor-parallel rank works on, in order."""
+        return [name for name, owner in zip(self.names, self.owners, strict=True) if owner == rank]
+
 
 class TensorParallelExchange:
     """Brings the matrices of a batch to their owners in a tensor-parallel group, and back.
@@ -51,20 +55,16 @@ class TensorParallelExchange:
         Args:
             held: this rank's pieces, `[rows, columns]` fp32 each.
         """
-        owner = dict(zip(batch.names, batch.owners, strict=True))
-        mine = [name for name in batch.names if owner[name] == self._rank]
+        mine = batch.owned_by(self._rank)
         rows, columns = batch.shape
         matrices = torch.empty(
             (len(mine), min(rows, columns), max(rows, columns)), device=torch.cuda.current_device()
         )
-        places = self._places(batch, matrices, mine)
+        places = self._places(batch, matrices)
         if self._size == 1:
             torch._foreach_copy_(places[0], list(held))
             return matrices
-        outgoing = [
-            [t for p, t in self._held(batch, held) if owner[p.matrix] == rank]
-            for rank in range(self._size)
-        ]
+        outgoing = [[held[index] for index in indices] for indices in self._by_owner(batch)]
         for parts, incoming in zip(
             places, self._all_to_all(outgoing, [_numel(part) for part in places]), strict=True
         ):
@@ -78,15 +78,10 @@ class TensorParallelExchange:
             held: this rank's pieces, for their shapes.
         Returns: the new pieces, `[rows, columns]` each, in their order.
         """
-        owner = dict(zip(batch.names, batch.owners, strict=True))
-        mine = [name for name in batch.names if owner[name] == self._rank]
-        places = self._places(batch, matrices, mine)
+        places = self._places(batch, matrices)
         if self._size == 1:
             return places[0]
-        order = [
-            [index for index, (p, _) in enumerate(self._held(batch, held)) if owner[p.matrix] == r]
-            for r in range(self._size)
-        ]
+        order = self._by_owner(batch)
         counts = [sum(held[index].numel() for index in indices) for indices in order]
         pieces: list[Tensor] = [matrices] * len(held)
         for indices, incoming in zip(order, self._all_to_all(places, counts), strict=True):
@@ -95,13 +90,18 @@ class TensorParallelExchange:
                 pieces[index] = part.view(held[index].shape)
         return pieces
 
-    def _held(self, batch: Batch, held: Sequence[Tensor]) -> Iterator[tuple[Piece, Tensor]]:
-        return zip(batch.pieces[self._rank], held, strict=True)
+    def _by_owner(self, batch: Batch) -> list[list[int]]:
+        """For each rank, the numbers of this rank's pieces that go to it."""
+        owner = dict(zip(batch.names, batch.owners, strict=True))
+        numbers: list[list[int]] = [[] for _ in range(self._size)]
+        for number, piece in enumerate(batch.pieces[self._rank]):
+            numbers[owner[piece.matrix]].append(number)
+        return numbers
 
-    def _places(self, batch: Batch, matrices: Tensor, mine: Sequence[Name]) -> list[list[Tensor]]:
+    def _places(self, batch: Batch, matrices: Tensor) -> list[list[Tensor]]:
         """For each rank, the views of `matrices` that its pieces fill."""
         upright = matrices.mT if batch.shape[0] > batch.shape[1] else matrices
-        number = {name: index for index, name in enumerate(mine)}
+        number = {name: index for index, name in enumerate(batch.owned_by(self._rank))}
         return [
             [
                 upright[number[p.matrix]][

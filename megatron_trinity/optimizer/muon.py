@@ -78,8 +78,7 @@ class Muon:
             (name, planned.batch.shape)
             for experts, plan in self._plan.items()
             for planned in plan
-            for name, owner in zip(planned.batch.names, planned.batch.owners, strict=True)
-            if owner == self._groups[experts].rank()
+            for name in planned.batch.owned_by(self._groups[experts].rank())
         ]
 
     def accumulate(self, units: Sequence[Unit]) -> None:
