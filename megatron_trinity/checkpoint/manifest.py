@@ -1,0 +1,108 @@
+"""The manifest of a checkpoint's directory: which files it consists of, their sizes and checksums.
+
+It is written when all other files are on the disk, so a directory without one is not whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_trinity.errors import TrinityError
+from megatron_trinity.upstream.checkpoint_tracker import replacing
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """What a file must be.
+
+    Attributes:
+        bytes: its size.
+        sha256: hexadecimal digest of its content, as `sha256sum` prints it.
+    """
+
+    bytes: int
+    sha256: str
+
+
+def file_sum(path: Path) -> FileSum:
+    """Read a file through.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return FileSum(os.fstat(stream.fileno()).st_size, digest)
+
+
+def write_manifest(directory: Path, known: Mapping[str, FileSum] = {}) -> None:
+    """Declare the files of `directory` complete, in one step.
+
+    Args:
+        known: sums of files that need not be read again, by name.
+
+    Raises:
+        OSError: a file cannot be read, or the manifest not be written.
+    """
+    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
+    files = {name: asdict(known.get(name) or file_sum(directory / name)) for name in names}
+    with replacing(directory / MANIFEST) as stream:
+        json.dump({"version": VERSION, "files": files}, stream, indent=1)
+
+
+def read_manifest(directory: Path) -> dict[str, FileSum]:
+    """The files of a checkpoint.
+
+    Raises:
+        TrinityError: there is no manifest, or it is none.
+    """
+    path = directory / MANIFEST
+    try:
+        content = json.loads(path.read_text())
+        if content["version"] != VERSION:
+            raise TrinityError(f"{path} is of version {content['version']}, this reads {VERSION}")
+        return {str(name): FileSum(**entry) for name, entry in content["files"].items()}
+    except FileNotFoundError as error:
+        raise TrinityError(f"{directory} has no {MANIFEST}: it was not saved to the end") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrinityError(f"{path} cannot be read: {error}") from error
+
+
+def faults(directory: Path, files: Mapping[str, FileSum], checksums: bool) -> Iterator[str]:
+    """What is wrong with files of a checkpoint, a line each.
+
+    Args:
+        files: those to look at, with what the manifest says of them.
+        checksums: read them through; else only their sizes are compared.
+    """
+    for name, expected in files.items():
+        path = directory / name
+        try:
+            size = path.stat().st_size
+            if size != expected.bytes:
+                yield f"{name} has {size} bytes in place of {expected.bytes}"
+            elif checksums and file_sum(path) != expected:
+                yield f"{name} has another content than was saved: its checksum differs"
+        except FileNotFoundError:
+            yield f"{name} is missing"
+        except OSError as error:
+            yield f"{name} cannot be read: {error}"
+
+
+def check_whole(directory: Path, checksums: bool) -> None:
+    """Refuse a directory that is not what was saved.
+
+    Raises:
+        TrinityError: in one line, what is wrong with the first file that is.
+    """
+    fault = next(faults(directory, read_manifest(directory), checksums), None)
+    if fault is not None:
+        raise TrinityError(f"{directory} is not whole: {fault}")
