@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import torch
 
+from megatron_trinity.checkpoint.arguments import add_checkpoint_arguments
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.architecture import initializer_sigma, moe_pattern, no_rope_pattern
 from megatron_trinity.moe.balancing import RULES, SIGN_DEFAULT, SMEBU_DEFAULTS
@@ -214,7 +215,11 @@ def derive_megatron_arguments(args: argparse.Namespace) -> None:
 
 
 def _complete_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    trinity_flags = add_trinity_arguments(parser) | add_optimizer_arguments(parser)
+    trinity_flags = set().union(
+        add_trinity_arguments(parser),
+        add_optimizer_arguments(parser),
+        add_checkpoint_arguments(parser),
+    )
     parser.description = "Train a Trinity model with Megatron-Core."
     parser.epilog = EXAMPLE
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -14,8 +14,6 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -24,14 +22,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_trinity.checkpoint.hf_mapping import Shape, row_count
+from megatron_trinity.checkpoint.safe_read import READ_ERRORS, read_common_state, read_metadata
 from megatron_trinity.checkpoint.safetensors_files import read_into
 from megatron_trinity.errors import TrinityError, root_cause
 
 TRACKER = "latest_checkpointed_iteration.txt"
 OPTIMIZER_PREFIX = "optimizer."
 MOMENTUM = ".expert_bias_momentum"
-READ_ERRORS = (Exception, CheckpointException)
-"""Many kinds, from torch, pickle and the file system; torch's own is no subclass of Exception."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class TorchDistTensors:
         """
         self.path = path
         try:
-            metadata = FileSystemReader(path).read_metadata()
+            metadata = read_metadata(path)
         except READ_ERRORS as error:
             raise unreadable(path, error) from error
         tensors = {
@@ -199,14 +196,12 @@ class TorchDistCheckpoint(TorchDistTensors):
         Raises:
             TrinityError: there is no checkpoint of a Trinity model, or it cannot be read.
         """
-        from megatron.core import dist_checkpointing
-
         super().__init__(find_iteration(Path(directory)))
         try:
             with warnings.catch_warnings():
                 # One process is what is wanted here.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(self.path))
+                common = read_common_state(self.path)
         except READ_ERRORS as error:
             raise unreadable(self.path, error) from error
         self.args: Namespace = common["args"]

@@ -185,6 +185,33 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         apply=_install("checkpoint_failures"),
     ),
     Adaptation(
+        name="checkpoint-hooks",
+        symbols=(
+            "megatron.training.training.save_checkpoint",
+            "megatron.training.training.load_checkpoint",
+            "megatron.training.checkpointing.get_checkpoint_tracker_filename",
+        ),
+        reason="nothing is called around a save, nor before a load",
+        written_for=_CORE,
+        remove_when="checkpointing takes callbacks before and after a save, and before a load",
+        when="always",
+        apply=_install("checkpoint_hooks"),
+    ),
+    Adaptation(
+        name="checkpoint-sums",
+        symbols=(
+            "megatron.core.dist_checkpointing.strategies.filesystem_async"
+            ".FileSystemWriterAsync.write_preloaded_data",
+            "megatron.core.dist_checkpointing.strategies.filesystem_async"
+            ".FileSystemWriterAsync.finish",
+        ),
+        reason="rank 0 alone would read a whole checkpoint for its checksums",
+        written_for=_CORE,
+        remove_when="writers return checksums of what they have written",
+        when="always",
+        apply=_install("checkpoint_sums"),
+    ),
+    Adaptation(
         name="float16-fp32-params",
         symbols=(
             "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params.state_dict",
