@@ -51,6 +51,7 @@ TRINITY_DEFAULTS = {
     "init_method_std": None,
     "moe_layer_freq": None,
     # What suits it among Megatron's choices.
+    "async_strategy": "mcore",
     "cp_comm_type": ["all_gather"],
     "calculate_per_token_loss": True,  # a mean over tokens does not depend on the micro-batch
     "create_attention_mask_in_dataloader": False,
@@ -65,6 +66,7 @@ TRINITY_DEFAULTS = {
     "muon_tp_mode": "duplicated",
     "tokenizer_type": "HuggingFaceTokenizer",
     "transformer_impl": "local",
+    "use_persistent_ckpt_worker": True,  # of --async-save, which Megatron turns off without it
 }
 """Defaults that replace Megatron's: argparse destination to value."""
 

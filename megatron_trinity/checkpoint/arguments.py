@@ -81,4 +81,21 @@ CHECKPOINT_REFUSALS: tuple[Refusal, ...] = (
         "--enable-msc reads and writes object stores, where checkpoints cannot be replaced in one "
         "step; use a file system",
     ),
+    Refusal(
+        "async-format",
+        lambda a: a.async_save and a.ckpt_format != "torch_dist",
+        "--async-save is proved for --ckpt-format torch_dist alone, not {ckpt_format}; use that",
+    ),
+    Refusal(
+        "async-strategy",
+        lambda a: a.async_save and a.async_strategy != "mcore",
+        "--async-strategy {async_strategy} needs nvidia-resiliency-ext, whose writer leaves no "
+        "checksums; use mcore",
+    ),
+    Refusal(
+        "async-worker",
+        lambda a: a.async_save and not a.use_persistent_ckpt_worker,
+        "--async-save would be turned off by Megatron without --use-persistent-ckpt-worker; use "
+        "that as well",
+    ),
 )

@@ -301,6 +301,23 @@ def test_a_save_path_that_is_not_writable(
     assert f"{tmp_path / 'file'} is not a writable directory" in error
 
 
+@pytest.mark.parametrize("background", [[], ["--async-save"]])
+def test_what_is_kept(ranks: RankPools, folder: Path, run: Path, background: list[str]) -> None:
+    """Of 1, 2, 3 (broken) and 4: the newest, and what 2 divides; and no leftovers of others."""
+    (run / NEWEST / MANIFEST).unlink()
+    (run / NEWEST / "metadata.json").unlink()
+    (run / ".iter_0000000.discarded").mkdir()
+    keep = ["--keep-last-checkpoints", "1", "--keep-every-iterations", "2"]
+    before = listing(run)
+    flags = [*flags_of(folder, run), *keep, "--save-interval", "2", *background]
+    assert ranks.run(train, flags, world_size=1)[0][:2] == (0, "")
+    kept = {"iter_0000002", "iter_0000004", POINTER}
+    assert {path.name for path in run.iterdir()} == kept
+    after = listing(run)
+    assert all(after[name] == before[name] for name in before if name.startswith("iter_0000002"))
+    check_whole(run / "iter_0000004", checksums=True)
+
+
 @pytest.mark.parametrize(
     ("world_size", "full"),
     # The others are of rank 0 alone; the launcher would end the ranks that wait for it.
