@@ -222,16 +222,20 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         apply=_install("distributed_adam_steps"),
     ),
     Adaptation(
-        name="distributed-fp32-load",
+        name="adam-state",
         symbols=(
+            "megatron.core.optimizer.optimizer.ChainedOptimizer.sharded_state_dict",
+            "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
+            "megatron.core.optimizer.optimizer.FP32Optimizer.sharded_state_dict",
             "megatron.core.optimizer.distrib_optimizer"
-            ".DistributedOptimizer.load_parameter_state_from_dp_reshardable",
+            ".DistributedOptimizer.sharded_param_state_fully_reshardable",
+            "megatron.training.checkpointing._build_sharded_state_dict_metadata",
         ),
-        reason="an fp32 model's optimizer shards are loaded in place with gradients enabled",
+        reason="state of Adam is saved in a form of its layout, sharding and precision",
         written_for=_CORE,
-        remove_when="load_parameter_state_from_dp_reshardable runs under torch.no_grad",
+        remove_when="ChainedOptimizer.sharded_state_dict is the same for every optimizer in it",
         when="always",
-        apply=_install("distributed_fp32_load"),
+        apply=_install("adam_state"),
     ),
     Adaptation(
         name="norm-recompute",
