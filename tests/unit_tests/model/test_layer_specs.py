@@ -22,7 +22,7 @@ def fused_backend() -> Any:
 
     from megatron_trinity.model.layer_specs import PortableBackend
 
-    class LayerNormLinear(ColumnParallelLinear):  # type: ignore[misc]
+    class LayerNormLinear(ColumnParallelLinear):
         def __init__(self, input_size: int, *args: Any, config: Any, **kwargs: Any) -> None:
             super().__init__(input_size, *args, config=config, **kwargs)
             self.layer_norm_weight = nn.Parameter(torch.ones(input_size))
