@@ -82,14 +82,15 @@ class TorchDistTensors:
         self._objects = [k for k, entry in entries if isinstance(entry, BytesStorageMetadata)]
         self.has_momentum = any(key.endswith(MOMENTUM) for key in self.model_state_keys())
         self._runs: dict[str, list[_Run]] = {}
+        self._begins: dict[MetadataIndex, int] = {}
 
-    def keys(self) -> list[str]:
+    def tensor_keys(self) -> list[str]:
         """Names of all tensors, sorted."""
         return sorted(self._stored)
 
     def model_state_keys(self) -> list[str]:
         """Names of the tensors that are no state of the optimizer, sorted."""
-        return [key for key in self.keys() if not key.startswith(OPTIMIZER_PREFIX)]
+        return [key for key in self.tensor_keys() if not key.startswith(OPTIMIZER_PREFIX)]
 
     def model_keys(self) -> list[str]:
         """Canonical names of the model's tensors, sorted."""
@@ -201,23 +202,36 @@ class TorchDistTensors:
         target = values[begin - row : end - row, run.column : run.column + run.columns]
         whole_rows = target.is_contiguous()
         read = target if whole_rows else torch.empty_like(target)
-        place = self.places[MetadataIndex(key, run.chunk.offsets)]
-        _refuse_extension(place)
-        with open(self.path / place.relative_path, "rb") as stream:
-            view = cast(IO[bytes], _create_file_view(stream, place.offset, place.length))
-            # Without its values, but with where they are: they need not all be read.
-            with self._without_values:
-                stored = torch.load(view, weights_only=True)
-            if tuple(stored.shape) != tuple(run.chunk.sizes) or stored.dtype != values.dtype:
-                raise ValueError(f"{place.relative_path} has another tensor in its place")
-            if not stored.is_contiguous():
-                raise ValueError(f"{place.relative_path} has it transposed")
-            skipped = (run.chunk_row + begin - run.row) * run.columns + stored.storage_offset()
-            offset = place.offset + stored.untyped_storage()._checkpoint_offset
-            read_into(stream.fileno(), offset + skipped * values.itemsize, read)
+        index = MetadataIndex(key, run.chunk.offsets)
+        with open(self.path / self.places[index].relative_path, "rb") as stream:
+            if index not in self._begins:
+                self._begins[index] = self._begin(stream, index, run.chunk, values.dtype)
+            skipped = (run.chunk_row + begin - run.row) * run.columns * values.itemsize
+            read_into(stream.fileno(), self._begins[index] + skipped, read)
         if not whole_rows:
             target.copy_(read)
         return target.numel()
+
+    def _begin(
+        self,
+        stream: io.BufferedReader,
+        index: MetadataIndex,
+        chunk: ChunkStorageMetadata,
+        dtype: Any,
+    ) -> int:
+        """Where in its file the values of a chunk begin."""
+        place = self.places[index]
+        _refuse_extension(place)
+        view = cast(IO[bytes], _create_file_view(stream, place.offset, place.length))
+        # Without its values, but with where they are: they need not all be read.
+        with self._without_values:
+            stored = torch.load(view, weights_only=True)
+        if tuple(stored.shape) != tuple(chunk.sizes) or stored.dtype != dtype:
+            raise ValueError(f"{place.relative_path} has another tensor in its place")
+        if not stored.is_contiguous():
+            raise ValueError(f"{place.relative_path} has it transposed")
+        offset = int(place.offset + stored.untyped_storage()._checkpoint_offset)
+        return offset + stored.storage_offset() * stored.itemsize
 
 
 class TorchDistCheckpoint(TorchDistTensors):
