@@ -152,7 +152,7 @@ def run_units(
     with progress:
         if workers == 1 or len(left) == 1:
             for unit in left:
-                counter = _Counter(done, progress)
+                counter = ByteCounter(done, progress)
                 finished(unit, work(unit.job, counter))
                 done = counter.done
         elif left:
@@ -160,8 +160,8 @@ def run_units(
     return [results[unit.name] for unit in units]
 
 
-class _Counter:
-    """A report of this process to its own display."""
+class ByteCounter:
+    """A report of this process to its own display, on top of `done` bytes."""
 
     def __init__(self, done: int, progress: Progress) -> None:
         self.done = done

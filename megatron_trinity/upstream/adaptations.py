@@ -173,6 +173,19 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         apply=_install("checkpoint_metadata"),
     ),
     Adaptation(
+        name="checkpoint-pickles",
+        symbols=(
+            "torch.distributed.checkpoint.filesystem.pickle",
+            "torch.distributed.checkpoint.default_planner.DefaultLoadPlanner.load_bytes",
+            "megatron.core.safe_globals.SAFE_GLOBALS",
+        ),
+        reason="loading a checkpoint executes what its pickles name",
+        written_for=_CORE,
+        remove_when="metadata and objects are read by restricted unpicklers",
+        when="always",
+        apply=_install("checkpoint_pickles"),
+    ),
+    Adaptation(
         name="checkpoint-failures",
         symbols=(
             "megatron.training.training.save_checkpoint",

@@ -173,6 +173,18 @@ def test_a_damaged_checkpoint(ranks: RankPools, data: Path, tmp_path: Path) -> N
     check(run_refused(ranks, flags), 1, str(part.parent), "cannot be read")
 
 
+def test_a_checkpoint_that_would_execute_something(
+    ranks: RankPools, data: Path, tmp_path: Path
+) -> None:
+    flags = saving_flags(data, tmp_path / "run", "--train-iters", "1")
+    assert ranks.run(run_trainer, flags, world_size=1) == [0]
+    trace = tmp_path / "executed"
+    payload = f"cos\nmkdir\n(V{trace}\ntR.".encode()
+    (tmp_path / "run" / "iter_0000001" / ".metadata").write_bytes(payload)
+    check(run_refused(ranks, flags), 1, "cannot be read", "names os.mkdir", "nothing was executed")
+    assert not trace.exists()
+
+
 @pytest.mark.parametrize(
     ("world_size", "full"),
     # The pointer is rank 0's alone; the launcher would end the others, which wait for it.
