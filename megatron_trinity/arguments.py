@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import torch
 
+from megatron_trinity.checkpoint.arguments import add_checkpoint_arguments
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.architecture import initializer_sigma, moe_pattern, no_rope_pattern
 from megatron_trinity.moe.balancing import RULES, SIGN_DEFAULT, SMEBU_DEFAULTS
@@ -50,6 +51,7 @@ TRINITY_DEFAULTS = {
     "init_method_std": None,
     "moe_layer_freq": None,
     # What suits it among Megatron's choices.
+    "async_strategy": "mcore",
     "cp_comm_type": ["all_gather"],
     "calculate_per_token_loss": True,  # a mean over tokens does not depend on the micro-batch
     "create_attention_mask_in_dataloader": False,
@@ -64,6 +66,7 @@ TRINITY_DEFAULTS = {
     "muon_tp_mode": "duplicated",
     "tokenizer_type": "HuggingFaceTokenizer",
     "transformer_impl": "local",
+    "use_persistent_ckpt_worker": True,  # of --async-save, which Megatron turns off without it
 }
 """Defaults that replace Megatron's: argparse destination to value."""
 
@@ -214,7 +217,11 @@ def derive_megatron_arguments(args: argparse.Namespace) -> None:
 
 
 def _complete_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    trinity_flags = add_trinity_arguments(parser) | add_optimizer_arguments(parser)
+    trinity_flags = set().union(
+        add_trinity_arguments(parser),
+        add_optimizer_arguments(parser),
+        add_checkpoint_arguments(parser),
+    )
     parser.description = "Train a Trinity model with Megatron-Core."
     parser.epilog = EXAMPLE
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

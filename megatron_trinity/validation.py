@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from megatron_trinity.checkpoint.arguments import CHECKPOINT_REFUSALS
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.architecture import CP_COMM_TYPES
 from megatron_trinity.moe.balancing import SIGN_DEFAULT, SMEBU_DEFAULTS
@@ -223,6 +224,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "--micro-batch-size {micro_batch_size} times the data-parallel ranks; change one of them",
     ),
     *OPTIMIZER_REFUSALS,
+    *CHECKPOINT_REFUSALS,
     Refusal(
         "loss-fusion",
         lambda a: a.cross_entropy_loss_fusion,

@@ -5,54 +5,34 @@ It is written when all other files are on the disk, so a directory without one i
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_trinity.errors import TrinityError
-from megatron_trinity.upstream.checkpoint_tracker import replacing
+from megatron_trinity.file_sums import FileSum, file_sum
+from megatron_trinity.upstream.checkpoint_tracker import replacing, sync
 
 MANIFEST = "manifest.json"
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class FileSum:
-    """What a file must be.
-
-    Attributes:
-        bytes: its size.
-        sha256: hexadecimal digest of its content, as `sha256sum` prints it.
-    """
-
-    bytes: int
-    sha256: str
-
-
-def file_sum(path: Path) -> FileSum:
-    """Read a file through.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return FileSum(os.fstat(stream.fileno()).st_size, digest)
 
 
 def write_manifest(directory: Path, known: Mapping[str, FileSum] = {}) -> None:
     """Declare the files of `directory` complete, in one step.
 
     Args:
-        known: sums of files that need not be read again, by name.
+        known: sums of files that need not be read again, by name; the disk has these files.
 
     Raises:
         OSError: a file cannot be read, or the manifest not be written.
     """
-    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
+    # Nor is what an interrupted attempt has left of the manifest.
+    names = sorted(path.name for path in directory.iterdir() if MANIFEST not in path.name)
+    for name in names:
+        if name not in known:
+            sync(directory / name)
     files = {name: asdict(known.get(name) or file_sum(directory / name)) for name in names}
     with replacing(directory / MANIFEST) as stream:
         json.dump({"version": VERSION, "files": files}, stream, indent=1)
@@ -97,12 +77,24 @@ def faults(directory: Path, files: Mapping[str, FileSum], checksums: bool) -> It
             yield f"{name} cannot be read: {error}"
 
 
+def strangers(directory: Path, files: Mapping[str, FileSum]) -> Iterator[str]:
+    """Files that were not saved with a checkpoint, a line each; hidden ones do not matter.
+
+    Megatron looks for some names, and would read what was put there.
+    """
+    for path in sorted(directory.iterdir()):
+        if path.name not in files and path.name != MANIFEST and not path.name.startswith("."):
+            yield f"{path.name} was not saved with it"
+
+
 def check_whole(directory: Path, checksums: bool) -> None:
     """Refuse a directory that is not what was saved.
 
     Raises:
         TrinityError: in one line, what is wrong with the first file that is.
     """
-    fault = next(faults(directory, read_manifest(directory), checksums), None)
+    files = read_manifest(directory)
+    found = itertools.chain(strangers(directory, files), faults(directory, files, checksums))
+    fault = next(found, None)
     if fault is not None:
         raise TrinityError(f"{directory} is not whole: {fault}")

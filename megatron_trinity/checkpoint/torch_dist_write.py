@@ -30,8 +30,10 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_trinity.checkpoint.hf_mapping import Shape
+from megatron_trinity.checkpoint.manifest import write_manifest
 from megatron_trinity.checkpoint.slices import Slice
 from megatron_trinity.errors import root_cause
+from megatron_trinity.upstream.checkpoint_sums import summed, sums_of
 from megatron_trinity.upstream.checkpoint_tracker import replacing
 
 Resolve = Callable[[WriteItem], Tensor | io.BytesIO]
@@ -91,7 +93,7 @@ def write_file(directory: Path, plan: SavePlan, resolve: Resolve) -> list[WriteR
         results: list[WriteResult] = _writer(directory).write_data(plan, _Planner(resolve)).wait()
     except RuntimeError as error:  # of torch's writer, when the disk is full
         raise OSError(root_cause(error)) from error
-    return results
+    return summed(results, directory)
 
 
 def plan_files(directory: Path, files: Iterable[Iterable[WriteItem]]) -> tuple[list[SavePlan], Any]:
@@ -101,7 +103,7 @@ def plan_files(directory: Path, files: Iterable[Iterable[WriteItem]]) -> tuple[l
 
 
 def finish(directory: Path, metadata: Any, results: list[list[WriteResult]]) -> None:
-    """Write what makes the files a checkpoint that Megatron loads.
+    """Write what makes the files a checkpoint that Megatron loads, its manifest last.
 
     Args:
         metadata: of `plan_files`.
@@ -111,6 +113,7 @@ def finish(directory: Path, metadata: Any, results: list[list[WriteResult]]) -> 
 
     _writer(directory).finish(metadata, results)
     save_config(CheckpointingConfig("torch_dist"), str(directory))
+    write_manifest(directory, sums_of(results))
 
 
 def object_items(objects: Mapping[str, Any]) -> tuple[list[WriteItem], Resolve]:

@@ -15,6 +15,7 @@ from megatron_trinity.data.datasets import check_data, check_token_ids, train_va
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.config import model_config_from_args
 from megatron_trinity.training.balance import announce_balance
+from megatron_trinity.training.checkpoints import WholeCheckpoints
 from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.forward_step import forward_step
 from megatron_trinity.training.micro_batches import MicroBatchRecord
@@ -22,6 +23,7 @@ from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
 from megatron_trinity.training.resume import check_checkpoint
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
+from megatron_trinity.upstream.checkpoint_hooks import set_checkpoint_hooks
 from megatron_trinity.upstream.flops import set_flop_counter
 from megatron_trinity.upstream.training_hooks import set_training_hooks
 
@@ -39,10 +41,12 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     set_global_variables(args)
     settle_vocabulary(args)
     check_token_ids(args)
-    check_checkpoint(args)
+    checked = check_checkpoint(args)
     record, flops = MicroBatchRecord(), StepFlops(args)
     set_flop_counter(flops)
     set_training_hooks(StepObserver(args, record))
+    whole = WholeCheckpoints(args, checked) if args.ckpt_format == "torch_dist" else None
+    set_checkpoint_hooks(whole)
     set_up_optimizer(args)
     model_config = model_config_from_args(args)
     model_config.pre_wrap_hooks.append(partial(announce_balance, args))

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron.training.utils import warn_rank_0
 
-from megatron_trinity.checkpoint.torch_dist import TRACKER, TorchDistCheckpoint
-from megatron_trinity.errors import UsageError
+from megatron_trinity.checkpoint.candidates import (
+    examine,
+    has_manifest,
+    iterations,
+    number_of,
+)
+from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_trinity.errors import TrinityError, UsageError
+
+SHOWN = 3
+"""How many checkpoints an error names."""
 
 SHAPE = (
     "num_layers",
@@ -26,24 +38,85 @@ SHAPE = (
 """Arguments that two runs must share for one to load the other's weights."""
 
 
-def check_checkpoint(args: Namespace) -> None:
-    """Refuse to load a checkpoint that is not whole, or of another model.
+def check_checkpoint(args: Namespace) -> Path | None:
+    """Refuse to load what is not whole as far as sizes say, or is of another model.
 
     A `--load` directory without any checkpoint is the start of a new run, as in Megatron.
 
+    Returns:
+        the iteration that the run will load unless its checksums differ, or None.
+
     Raises:
         UsageError: the checkpoint is of another model, or has the state of another optimizer; names
-            what differs.
-        TrinityError: it cannot be read.
+            what differs. Or `--save` has iterations that a later start would load in its place.
+        TrinityError: there are checkpoints, and none can be loaded. Or `--save` cannot be written.
     """
-    if args.load is None or args.ckpt_format != "torch_dist":
+    if args.ckpt_format != "torch_dist":
+        return None
+    skipped: list[str] = []
+    chosen = None
+    for path, fault in candidates(args):
+        fault = fault or unusable(args, path)
+        if fault is None:
+            chosen = path
+            break
+        skipped.append(f"{path}: {fault}")
+    if chosen is None:
+        refuse_skipped(args, skipped)
+    if args.save and not args.skip_train:
+        _check_writable(Path(args.save))
+        _check_nothing_newer(args, chosen)
+    return chosen
+
+
+def candidates(args: Namespace) -> Iterator[tuple[Path, str | None]]:
+    """What the run may load, and what is wrong with it or None; see `examine`."""
+    for directory in (args.load, args.pretrained_checkpoint):
+        if directory is not None:
+            found = examine(Path(directory), args.ckpt_step)
+            first = next(found, None)
+            if first is not None:
+                return itertools.chain([first], found)
+    return iter(())
+
+
+def refuse_skipped(args: Namespace, skipped: Sequence[str]) -> None:
+    """Refuse to start anew where there are checkpoints, all of which were skipped.
+
+    Raises:
+        TrinityError: in one line, what is wrong with the first of them.
+    """
+    if not skipped:
         return
-    directory = Path(args.load)
     if args.ckpt_step is not None:
-        directory /= f"iter_{args.ckpt_step:07d}"
-    elif not (directory / TRACKER).is_file():
-        return
-    checkpoint = TorchDistCheckpoint(directory)
+        raise TrinityError(
+            f"{skipped[0]}; it was named with --ckpt-step: name another one, or leave it out to "
+            "load the newest that is whole"
+        )
+    more = f"; and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+    raise TrinityError(
+        f"no checkpoint under {args.load or args.pretrained_checkpoint} is whole: "
+        f"{'; '.join(skipped[:SHOWN])}{more}; restore one, or give another --load (one that was "
+        "saved without a manifest is loaded when --ckpt-step names it)"
+    )
+
+
+def unusable(args: Namespace, path: Path) -> str | None:
+    """What keeps an iteration from being read, or None.
+
+    Raises:
+        UsageError: it is of another model or optimizer; names what differs.
+    """
+    try:
+        checkpoint = TorchDistCheckpoint(path)
+    except TrinityError as error:
+        return str(error).removeprefix(f"{path} ")
+    _check_is_of_this_run(args, checkpoint)
+    return None
+
+
+def _check_is_of_this_run(args: Namespace, checkpoint: TorchDistCheckpoint) -> None:
+    path = checkpoint.path
     saved = checkpoint.args
     differences = [
         f"--{name.replace('_', '-')} is {getattr(saved, name)} there and {getattr(args, name)} here"
@@ -52,19 +125,40 @@ def check_checkpoint(args: Namespace) -> None:
     ]
     if differences:
         raise UsageError(
-            f"the checkpoint under {args.load} is of another model: {'; '.join(differences)}; "
+            f"the checkpoint under {path.parent} is of another model: {'; '.join(differences)}; "
             "give the preset of that run, or another --load"
         )
     if not (args.finetune or args.no_load_optim):
         there, here = _optimizer(saved), _optimizer(args)
         if there != here:
             raise UsageError(
-                f"the checkpoint under {args.load} has the state of {there}, this run needs that "
+                f"the checkpoint under {path.parent} has the state of {there}, this run needs that "
                 f"of {here}; give the flags of that run, or --no-load-optim to start without state"
             )
     if args.load_balancing == "smebu" and not checkpoint.has_momentum:
         warn_rank_0(
-            f"the checkpoint under {args.load} has no momentum of SMEBU; it starts from zero"
+            f"the checkpoint under {path.parent} has no momentum of SMEBU; it starts from zero"
+        )
+
+
+def _check_writable(save: Path) -> None:
+    """Say now, and not at the first save, that there can be none."""
+    there = next(path for path in (save, *save.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise TrinityError(f"--save {save} cannot be written: {there} is not a writable directory")
+
+
+def _check_nothing_newer(args: Namespace, chosen: Path | None) -> None:
+    """Refuse to write older iterations beside newer ones of another run."""
+    goes_on = chosen is not None and chosen.parent == Path(args.save)
+    if goes_on and args.ckpt_step is None and not args.finetune:
+        return  # whatever is newer there was skipped
+    start = 0 if chosen is None or args.finetune else number_of(chosen)
+    newest = next(filter(has_manifest, iterations(Path(args.save))), None)
+    if newest is not None and number_of(newest) > start:
+        raise UsageError(
+            f"--save {args.save} has {newest.name} already, and this run starts at iteration "
+            f"{start}: later starts would load that one; move it away, or give another --save"
         )
 
 

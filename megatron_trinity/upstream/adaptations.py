@@ -119,6 +119,20 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         apply=_install("cpu.startup"),
     ),
     Adaptation(
+        name="cpu-async-saves",
+        symbols=(
+            "megatron.core.dist_checkpointing.strategies.async_utils"
+            ".TemporalAsyncCaller.schedule_async_call",
+            "megatron.training.async_utils.init_persistent_async_worker",
+            "megatron.training.initialize.init_persistent_async_worker",
+        ),
+        reason="a worker process would get the tensors of the CPU through shared memory",
+        written_for=_CORE,
+        remove_when="the worker needs no shared memory for tensors on the CPU",
+        when="without_cuda",
+        apply=_install("cpu.async_saves"),
+    ),
+    Adaptation(
         name="training-hooks",
         symbols=(
             "megatron.training.training.train_step",
@@ -190,12 +204,68 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         symbols=(
             "megatron.training.training.save_checkpoint",
             "megatron.training.training.load_checkpoint",
+            "megatron.training.training.maybe_finalize_async_save",
         ),
         reason="failures to save and load are tracebacks of many ranks",
         written_for=_CORE,
         remove_when="checkpointing raises one kind of error for them",
         when="always",
         apply=_install("checkpoint_failures"),
+    ),
+    Adaptation(
+        name="checkpoint-hooks",
+        symbols=(
+            "megatron.training.training.save_checkpoint",
+            "megatron.training.training.load_checkpoint",
+            "megatron.training.checkpointing.get_checkpoint_tracker_filename",
+        ),
+        reason="nothing is called around a save, nor before a load",
+        written_for=_CORE,
+        remove_when="checkpointing takes callbacks before and after a save, and before a load",
+        when="always",
+        apply=_install("checkpoint_hooks"),
+    ),
+    Adaptation(
+        name="checkpoint-sums",
+        symbols=(
+            "megatron.core.dist_checkpointing.strategies.filesystem_async"
+            ".FileSystemWriterAsync.write_preloaded_data",
+            "megatron.core.dist_checkpointing.strategies.filesystem_async"
+            ".FileSystemWriterAsync.finish",
+        ),
+        reason="rank 0 alone would read a whole checkpoint for its checksums",
+        written_for=_CORE,
+        remove_when="writers return checksums of what they have written",
+        when="always",
+        apply=_install("checkpoint_sums"),
+    ),
+    Adaptation(
+        name="async-saves",
+        symbols=(
+            "megatron.core.dist_checkpointing.strategies.async_utils"
+            ".PersistentAsyncCaller.schedule_async_call",
+            "megatron.core.dist_checkpointing.strategies.async_utils"
+            ".PersistentAsyncCaller.is_current_async_call_done",
+            "megatron.core.dist_checkpointing.strategies.async_utils"
+            ".PersistentAsyncCaller.async_loop",
+        ),
+        reason="a save in the background has later values of CPU tensors, and waits without end",
+        written_for=_CORE,
+        remove_when="the worker gets copies of CPU tensors, and its end is an error",
+        when="always",
+        apply=_install("async_saves"),
+    ),
+    Adaptation(
+        name="save-results",
+        symbols=(
+            "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue",
+            "megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue",
+        ),
+        reason="each rank starts a process at its first save, though it writes itself",
+        written_for=_CORE,
+        remove_when="the queue of results is made for saves in the background alone",
+        when="always",
+        apply=_install("save_results"),
     ),
     Adaptation(
         name="float16-fp32-params",

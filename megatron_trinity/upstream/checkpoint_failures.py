@@ -20,6 +20,8 @@ from megatron_trinity.errors import TrinityError, root_cause
 SCHEDULE = "OptimizerParamScheduler:"
 """How the errors of Megatron's learning-rate schedule begin."""
 
+REMEDY = "mend that and start again, the run goes on from the checkpoint before it"
+
 FULL = 64 * 2**20
 """Bytes of free disk under which a failed save is put down to the disk."""
 
@@ -42,8 +44,7 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
         except (Exception, CheckpointException) as error:
             raise TrinityError(
                 f"the checkpoint of iteration {iteration} could not be saved: "
-                f"{what_failed(error, get_args().save)}; mend that and start again, the run goes "
-                "on from the checkpoint before it"
+                f"{what_failed(error, get_args().save)}; {REMEDY}"
             ) from error
 
     return save_checkpoint
@@ -69,9 +70,26 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_checkpoint
 
 
+def _finalizing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def maybe_finalize_async_save(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        try:
+            return original(*args, **kwargs)
+        except (Exception, CheckpointException) as error:
+            raise TrinityError(
+                "a checkpoint could not be saved in the background: "
+                f"{what_failed(error, get_args().save)}; {REMEDY}"
+            ) from error
+
+    return maybe_finalize_async_save
+
+
 def install() -> None:
-    """Wrap the two functions where the training loop calls them."""
+    """Wrap the three functions where the training loop calls them."""
     from megatron.training import training
 
+    training.maybe_finalize_async_save = _finalizing(training.maybe_finalize_async_save)
     training.save_checkpoint = _saving(training.save_checkpoint)
     training.load_checkpoint = _loading(training.load_checkpoint)

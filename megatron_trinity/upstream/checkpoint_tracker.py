@@ -1,20 +1,26 @@
 """The pointer to the newest checkpoint moves in one step.
 
 Reason: Megatron opens `latest_checkpointed_iteration.txt` for writing, which empties it, and then
-writes: on a full disk, or if the process ends in between, no checkpoint can be loaded any more.
+writes: on a full disk, or if the process ends in between, no checkpoint can be loaded any more. And
+it calls nothing between the last file of a checkpoint and its pointer.
 Written for: megatron-core 0.19.2.
-Remove when: it writes a new file and renames it.
+Remove when: it writes a new file and renames it, and takes callbacks around that.
 """
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 TRACKER = "latest_checkpointed_iteration.txt"
+
+OnIteration = Callable[[Path], None]
+_before: OnIteration | None = None
+_after: OnIteration | None = None
 
 
 @contextmanager
@@ -27,8 +33,43 @@ def replacing(path: Path) -> Iterator[TextIO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(beside, path)
+        sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the disk keep a file, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def iteration_path(directory: Path, pointer: str) -> Path:
+    """The directory of the iteration that a pointer's content names."""
+    name = pointer.strip()
+    return directory / (f"iter_{int(name):07d}" if name.isdecimal() else name)
+
+
+def call_around_pointer(before: OnIteration | None, after: OnIteration | None) -> None:
+    """Call these with the directory of the iteration, before and after a pointer moves to it."""
+    global _before, _after
+    _before, _after = before, after
+
+
+@contextmanager
+def _moving(pointer: Path) -> Iterator[TextIO]:
+    content = io.StringIO()
+    yield content
+    iteration = iteration_path(pointer.parent, content.getvalue())
+    if _before is not None:
+        _before(iteration)
+    with replacing(pointer) as stream:
+        stream.write(content.getvalue())
+    if _after is not None:
+        _after(iteration)
 
 
 class _Storage:
@@ -42,7 +83,7 @@ class _Storage:
 
     def open(self, path: str, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         if mode == "w" and os.path.basename(path) == TRACKER:
-            return replacing(Path(path))
+            return _moving(Path(path))
         return self._original.open(path, mode, *args, **kwargs)
 
 

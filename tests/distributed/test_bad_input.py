@@ -161,18 +161,6 @@ def test_a_checkpoint_of_another_optimizer(
     assert ranks.run(run_trainer, without, world_size=1) == [0]
 
 
-def test_a_damaged_checkpoint(ranks: RankPools, data: Path, tmp_path: Path) -> None:
-    flags = saving_flags(data, tmp_path / "run", "--train-iters", "1")
-    assert ranks.run(run_trainer, flags, world_size=1) == [0]
-    part = tmp_path / "run" / "iter_0000001" / "__0_0.distcp"
-    whole = part.read_bytes()
-    part.write_bytes(whole[: len(whole) // 2])
-    check(run_refused(ranks, flags), 1, str(tmp_path / "run"), "could not be loaded")
-    metadata = part.with_name(".metadata")
-    metadata.write_bytes(metadata.read_bytes()[:100])
-    check(run_refused(ranks, flags), 1, str(part.parent), "cannot be read")
-
-
 def test_a_checkpoint_that_would_execute_something(
     ranks: RankPools, data: Path, tmp_path: Path
 ) -> None:
@@ -183,36 +171,6 @@ def test_a_checkpoint_that_would_execute_something(
     (tmp_path / "run" / "iter_0000001" / ".metadata").write_bytes(payload)
     check(run_refused(ranks, flags), 1, "cannot be read", "names os.mkdir", "nothing was executed")
     assert not trace.exists()
-
-
-@pytest.mark.parametrize(
-    ("world_size", "full"),
-    # The pointer is rank 0's alone; the launcher would end the others, which wait for it.
-    [(2, "iter_0000002/__1_0.distcp"), (1, ".latest_checkpointed_iteration.txt.new")],
-)
-def test_a_disk_that_fills_up(
-    ranks: RankPools, data: Path, tmp_path: Path, world_size: int, full: str
-) -> None:
-    """Writing to /dev/full fails as on a full disk: in a rank's file, and in the pointer's."""
-    run = tmp_path / "run"
-    flags = saving_flags(data, run, "--train-iters", "2")
-    first = [*flags, "--exit-interval", "1"]
-    assert ranks.run(run_trainer, first, world_size=world_size) == [0] * world_size
-    before = checkpoint_contents(run, 1)
-    blocked = run / full
-    blocked.parent.mkdir(exist_ok=True)
-    blocked.symlink_to("/dev/full")
-
-    result = run_refused(ranks, flags, world_size)
-    check(result, 1, "iteration 2 could not be saved", "goes on from the checkpoint before it")
-    assert (run / "latest_checkpointed_iteration.txt").read_text() == "1"
-    after = checkpoint_contents(run, 1)
-    assert all(torch.equal(before[key], after[key]) for key in before)
-
-    blocked.unlink(missing_ok=True)
-    assert ranks.run(run_trainer, flags, world_size=world_size) == [0] * world_size
-    assert (run / "latest_checkpointed_iteration.txt").read_text() == "2"
-    assert checkpoint_contents(run, 2).keys() == before.keys()
 
 
 def test_a_schedule_that_has_changed(ranks: RankPools, data: Path, tmp_path: Path) -> None:

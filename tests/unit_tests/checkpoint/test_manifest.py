@@ -56,6 +56,14 @@ def test_a_flipped_bit_is_found_by_its_checksum(directory: Path) -> None:
         check_whole(directory, checksums=True)
 
 
+def test_what_was_put_there_later_is_found_unless_hidden(directory: Path) -> None:
+    (directory / ".nfs0001").touch()
+    check_whole(directory, checksums=True)
+    (directory / "common.pt.bak").touch()
+    with pytest.raises(TrinityError, match=r"common.pt.bak was not saved with it"):
+        check_whole(directory, checksums=True)
+
+
 def test_every_fault_is_named(directory: Path) -> None:
     (directory / "a.distcp").unlink()
     (directory / "common.pt").write_bytes(b"")

@@ -25,6 +25,20 @@ from megatron_trinity.upstream.version import (
 # First 16 hex digits of the SHA-256 of each upstream definition, without comments and layout.
 FINGERPRINTS: dict[str, str] = {
     "megatron.core.datasets.utils.compile_helpers": "6891d190987884a0",
+    "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
+    ".async_loop": "803f760e9eab3a1f",
+    "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
+    ".is_current_async_call_done": "5827cec3ba3043ad",
+    "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
+    ".schedule_async_call": "b076a70edabf0d4f",
+    "megatron.core.dist_checkpointing.strategies.async_utils.TemporalAsyncCaller"
+    ".schedule_async_call": "b9467156ea42104f",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync"
+    ".finish": "6afd403b0f2ec9ab",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync"
+    ".write_preloaded_data": "48dda3d850384b47",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    ".get_write_results_queue": "650a64b7c69c1994",
     "megatron.core.jit.disable_jit_fuser": "efcf8b826bd9c8d7",
     "megatron.core.jit.noop_decorator": "ddfdca97985485e3",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
@@ -54,7 +68,9 @@ FINGERPRINTS: dict[str, str] = {
     "megatron.core.tensor_parallel.random._set_cuda_rng_state": "5a49a6e91b14818e",
     "megatron.core.tensor_parallel.random.model_parallel_cuda_manual_seed": "40faa191065121d1",
     "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu": "d48cb2407326de4b",
+    "megatron.training.async_utils.init_persistent_async_worker": "1dc90e6613134709",
     "megatron.training.checkpointing._build_sharded_state_dict_metadata": "2dce8ee48675ed63",
+    "megatron.training.checkpointing.get_checkpoint_tracker_filename": "c55370c737d4740c",
     "megatron.training.datasets.data_samplers.build_pretraining_data_loader": "b6568c175ebdb18c",
     "megatron.training.initialize.initialize_megatron": "8fe56d11efb14104",
     "megatron.training.training.consume_seqlen_stats_in_iteration": "d3e918d3862cfdbd",

@@ -1,0 +1,101 @@
+"""Flags of checkpoints, and what of Megatron's is refused: rows of the table of refusals."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+
+from megatron_trinity.refusal import Refusal
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> set[str]:
+    """Add the flags to `parser`; returns their option strings."""
+    group = parser.add_argument_group(title="trinity checkpoints")
+    actions = [
+        group.add_argument(
+            "--keep-last-checkpoints",
+            type=int,
+            metavar="K",
+            help="after a save, delete all but the K newest checkpoints (default: keep all)",
+        ),
+        group.add_argument(
+            "--keep-every-iterations",
+            type=int,
+            metavar="N",
+            help="of those, keep the checkpoints whose iteration is a multiple of N",
+        ),
+        group.add_argument(
+            "--verify-checkpoint",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="before loading, read every file and compare its checksum; without, names and "
+            "sizes are compared alone (default: %(default)s)",
+        ),
+    ]
+    return {option for action in actions for option in action.option_strings}
+
+
+def _below_1(number: int | None) -> bool:
+    return number is not None and number < 1
+
+
+def _misses_saves(args: Namespace) -> bool:
+    every, interval = args.keep_every_iterations, args.save_interval
+    return bool(every and interval and every % interval != 0)
+
+
+CHECKPOINT_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "keep-numbers",
+        lambda a: _below_1(a.keep_last_checkpoints) or _below_1(a.keep_every_iterations),
+        "--keep-last-checkpoints and --keep-every-iterations must be 1 or more; leave them out to "
+        "keep every checkpoint",
+    ),
+    Refusal(
+        "keep-every",
+        _misses_saves,
+        "--keep-every-iterations {keep_every_iterations} is no multiple of --save-interval "
+        "{save_interval}, so it would keep few or none; use a multiple",
+    ),
+    Refusal(
+        "retain-interval",
+        lambda a: a.save_retain_interval is not None,
+        "--save-retain-interval deletes without looking whether a newer checkpoint is whole; use "
+        "--keep-every-iterations",
+    ),
+    Refusal(
+        "non-persistent",
+        lambda a: a.non_persistent_ckpt_type or a.non_persistent_save_interval,
+        "--non-persistent-ckpt-type and --non-persistent-save-interval make checkpoints that "
+        "nothing verifies; use --save-interval with --keep-last-checkpoints",
+    ),
+    Refusal(
+        "integrity",
+        lambda a: a.verify_integrity,
+        "--verify-integrity has rank 0 read every checkpoint again; each has a manifest with "
+        "checksums already, leave it out",
+    ),
+    Refusal(
+        "storage-client",
+        lambda a: a.enable_msc,
+        "--enable-msc reads and writes object stores, where checkpoints cannot be replaced in one "
+        "step; use a file system",
+    ),
+    Refusal(
+        "async-format",
+        lambda a: a.async_save and a.ckpt_format != "torch_dist",
+        "--async-save is proved for --ckpt-format torch_dist alone, not {ckpt_format}; use that",
+    ),
+    Refusal(
+        "async-strategy",
+        lambda a: a.async_save and a.async_strategy != "mcore",
+        "--async-strategy {async_strategy} needs nvidia-resiliency-ext, whose writer leaves no "
+        "checksums; use mcore",
+    ),
+    Refusal(
+        "async-worker",
+        lambda a: a.async_save and not a.use_persistent_ckpt_worker,
+        "--async-save would be turned off by Megatron without --use-persistent-ckpt-worker; use "
+        "that as well",
+    ),
+)

@@ -1,0 +1,107 @@
+"""What saving and loading do around Megatron's own work, so that a checkpoint is whole or nothing.
+
+Every save ends with its data files, what says where in them each tensor is, the manifest, and the
+pointer, in this order. Every load verifies against the manifest what it is about to read.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.training.utils import print_rank_0
+
+from megatron_trinity.checkpoint.candidates import discard, has_manifest, superfluous, sweep
+from megatron_trinity.checkpoint.manifest import faults, read_manifest, write_manifest
+from megatron_trinity.errors import TrinityError
+from megatron_trinity.training.resume import candidates, refuse_skipped, unusable
+from megatron_trinity.upstream.checkpoint_sums import take_sums
+
+Candidate = tuple[Path, str | None]
+
+
+class WholeCheckpoints:
+    """The hooks of a run whose checkpoints are whole or nothing.
+
+    Args:
+        args: of the run.
+        checked: the iteration of which `check_checkpoint` has seen that it is of this run.
+    """
+
+    def __init__(self, args: Namespace, checked: Path | None) -> None:
+        self._args = args
+        self._checked = checked
+
+    def before_save(self, directory: Path) -> None:
+        """Remove what another run has left where this one is about to write."""
+        if directory.is_symlink() or directory.exists():
+            try:
+                discard(directory)
+            except OSError as error:
+                raise TrinityError(
+                    f"{directory} cannot be removed to save it anew: {error}; remove it, or give "
+                    "another --save"
+                ) from error
+
+    def before_pointer(self, directory: Path) -> None:
+        """Write the manifest, from sums that the writers of the files have computed."""
+        write_manifest(directory, take_sums(directory))
+
+    def after_pointer(self, directory: Path) -> None:
+        """Delete the checkpoints that are not to be kept."""
+        last, every = self._args.keep_last_checkpoints, self._args.keep_every_iterations
+        if last is None and every is None:
+            return
+        try:
+            for path in superfluous(directory.parent, last, every):
+                discard(path)
+            sweep(directory.parent)
+        except OSError as error:  # the run needs none of them
+            print_rank_0(f"WARNING: an old checkpoint could not be deleted: {error}")
+
+    def choose(self) -> Path | None:
+        """The newest iteration under `--load` that is whole, or the one of `--ckpt-step`.
+
+        Every rank reads its share of the files, and all come to the same result.
+
+        Raises:
+            TrinityError: there are checkpoints, and none of them can be loaded.
+        """
+        found = candidates(self._args) if dist.get_rank() == 0 else iter(())
+        skipped: list[str] = []
+        while (candidate := _of_rank_0(next(found, None))) is not None:
+            path, fault = candidate
+            fault = fault or self._fault(path)
+            if fault is None and path != self._checked:
+                fault = unusable(self._args, path)
+            if fault is None:
+                return path
+            skipped.append(f"{path}: {fault}")
+            print_rank_0(f"WARNING: skipped {skipped[-1]}")
+        refuse_skipped(self._args, skipped)
+        return None
+
+    def _fault(self, path: Path) -> str | None:
+        """What is wrong with the files of an iteration, the same on every rank."""
+        if not has_manifest(path):
+            print_rank_0(f"WARNING: nothing says whether {path} is whole: it has no manifest")
+            return None
+        if not self._args.verify_checkpoint:
+            return None
+        try:
+            files = read_manifest(path)
+            names = sorted(files, key=lambda name: files[name].bytes, reverse=True)
+            share = {name: files[name] for name in names[dist.get_rank() :: dist.get_world_size()]}
+            found = next(faults(path, share, checksums=True), None)
+        except TrinityError as error:
+            found = str(error)
+        everywhere: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, found)
+        return next((fault for fault in everywhere if fault is not None), None)
+
+
+def _of_rank_0(value: Candidate | None) -> Candidate | None:
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]

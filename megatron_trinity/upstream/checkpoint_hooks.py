@@ -1,0 +1,104 @@
+"""What is called around saving and loading a checkpoint.
+
+Reason: Megatron writes a checkpoint into whatever is left of an earlier one, moves the pointer with
+nothing that says later whether all files are there, starts a save while the one before is being
+written, and loads what the pointer names.
+Written for: megatron-core 0.19.2.
+Remove when: it takes callbacks before and after a save, and before a load.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megatron_trinity.upstream.checkpoint_tracker import TRACKER, call_around_pointer
+
+
+class CheckpointHooks(Protocol):
+    """What saving and loading call. A directory is that of one iteration."""
+
+    def before_save(self, directory: Path) -> None:
+        """On rank 0, before any rank writes; no other save is in progress."""
+
+    def before_pointer(self, directory: Path) -> None:
+        """On rank 0, when all files are written and before the pointer names them."""
+
+    def after_pointer(self, directory: Path) -> None:
+        """On rank 0, when the pointer names `directory`."""
+
+    def choose(self) -> Path | None:
+        """On every rank, before loading: what to load, the same on all; None for a new run."""
+
+
+_hooks: CheckpointHooks | None = None
+
+
+def set_checkpoint_hooks(hooks: CheckpointHooks | None) -> None:
+    """Call `hooks` from now on, in the place of those that were set before."""
+    global _hooks
+    _hooks = hooks
+    call_around_pointer(*((hooks.before_pointer, hooks.after_pointer) if hooks else (None, None)))
+
+
+def install() -> None:
+    """Wrap the two functions where the training loop calls them."""
+    from megatron.training import training
+
+    training.save_checkpoint = _saving(training.save_checkpoint)
+    training.load_checkpoint = _loading(training.load_checkpoint)
+
+
+def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args, training
+
+        if _hooks is not None:
+            # One at a time: this one may be of the same iteration.
+            training.maybe_finalize_async_save(blocking=True)
+            if torch.distributed.get_rank() == 0:
+                _hooks.before_save(Path(get_args().save, f"iter_{iteration:07d}"))
+            torch.distributed.barrier()
+        return original(iteration, *args, **kwargs)
+
+    return save_checkpoint
+
+
+def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        chosen = _hooks.choose() if _hooks is not None else None
+        if chosen is None:
+            return original(*args, **kwargs)
+        with _pointing_at(chosen):
+            return original(*args, **kwargs)
+
+    return load_checkpoint
+
+
+@contextmanager
+def _pointing_at(iteration: Path) -> Iterator[None]:
+    """Let Megatron read a pointer that names `iteration`, whatever the one beside it says."""
+    from megatron.training import checkpointing
+
+    original = checkpointing.get_checkpoint_tracker_filename
+    with tempfile.TemporaryDirectory() as folder:
+        pointer = Path(folder, TRACKER)
+        pointer.write_text(iteration.name.removeprefix("iter_"))
+
+        def tracker_filename(directory: str) -> str:
+            found = Path(directory) == iteration.parent
+            return str(pointer) if found else original(directory)
+
+        checkpointing.get_checkpoint_tracker_filename = tracker_filename
+        try:
+            yield
+        finally:
+            checkpointing.get_checkpoint_tracker_filename = original

@@ -1,0 +1,349 @@
+"""A checkpoint is whole or nothing: what is broken is skipped or refused in one line, untouched."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_trinity.checkpoint.manifest import MANIFEST, check_whole
+from megatron_trinity.errors import TrinityError
+from tests.distributed.pool import RankPools
+from tests.steps import recorded, recording
+from tests.trainer import run_trainer, training_flags, write_dataset
+
+STEPS = 4
+POINTER = "latest_checkpointed_iteration.txt"
+NEWEST = "iter_0000003"
+DATA = "__0_0.distcp"
+
+Outcome = tuple[int, str, str]
+"""Exit code, the line of an error, and what was printed."""
+
+
+def train(rank: int, world_size: int, flags: Sequence[str], steps: Path | None = None) -> Outcome:
+    printed = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        if steps is not None:
+            stack.enter_context(recording(steps))
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        try:
+            return run_trainer(rank, world_size, flags), "", printed.getvalue()
+        except TrinityError as error:
+            return error.exit_code, str(error), printed.getvalue()
+
+
+def train_full_disk(rank: int, world_size: int, flags: Sequence[str], full: str) -> Outcome:
+    """Train where the file that ends with `full` meets the end of the disk."""
+    real = os.fsync
+
+    def fsync(fd: Any) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(full):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(fd)
+
+    os.fsync = fsync
+    try:
+        return train(rank, world_size, flags)
+    finally:
+        os.fsync = real
+
+
+def flags_of(folder: Path, run: Path, *flags: str) -> list[str]:
+    return training_flags(
+        folder / "data",
+        *("--save", str(run), "--load", str(run), "--save-interval", "1", "--optimizer", "adam"),
+        *("--lr-decay-iters", "9", "--train-iters", str(STEPS)),
+        *("--data-cache-path", str(folder / "cache"), *flags),
+    )
+
+
+def warnings_of(outcome: Outcome) -> list[str]:
+    return [line for line in outcome[2].splitlines() if line.startswith("WARNING: skipped")]
+
+
+def listing(directory: Path) -> dict[str, tuple[int, str]]:
+    """Each file with its time and its content."""
+    return {
+        str(path.relative_to(directory)): (
+            path.lstat().st_mtime_ns,
+            os.readlink(path)
+            if path.is_symlink()
+            else hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+        for path in sorted(directory.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, a run of all steps without an interruption, and one that has been stopped at 3."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_dataset(folder / "data")
+    whole = flags_of(folder, folder / "whole")
+    assert ranks.run(train, whole, folder / "steps", world_size=1)[0][:2] == (0, "")
+    stopped = flags_of(folder, folder / "stopped", "--exit-interval", "3")
+    assert ranks.run(train, stopped, world_size=1)[0][:2] == (0, "")
+    return folder
+
+
+@pytest.fixture
+def run(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped run that a test may break."""
+    shutil.copytree(folder / "stopped", tmp_path / "run")
+    return tmp_path / "run"
+
+
+class Payload:
+    """Runs when it is unpickled without care."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self._mark),)
+
+
+def _flip(iteration: Path) -> None:
+    content = bytearray((iteration / DATA).read_bytes())
+    content[len(content) // 2] ^= 1
+    (iteration / DATA).write_bytes(content)
+
+
+def _truncate(iteration: Path) -> None:
+    os.truncate(iteration / DATA, 1000)
+
+
+def _unreadable(iteration: Path) -> None:
+    (iteration / DATA).unlink()
+    (iteration / DATA).symlink_to(DATA)  # to itself: root cannot read it either
+
+
+def _metadata_payload(iteration: Path) -> None:
+    size = (iteration / ".metadata").stat().st_size
+    payload = pickle.dumps(Payload(iteration.parent / "mark"))
+    (iteration / ".metadata").write_bytes(payload + bytes(size - len(payload)))
+
+
+def _common_payload(iteration: Path) -> None:
+    (iteration / "common.pt").write_bytes(pickle.dumps(Payload(iteration.parent / "mark")))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "flipped bit": (_flip, f"{DATA} has another content than was saved"),
+    "truncated file": (_truncate, f"{DATA} has 1000 bytes in place of"),
+    "missing file": (lambda path: (path / DATA).unlink(), f"{DATA} is missing"),
+    "missing metadata": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
+    "missing manifest": (lambda path: (path / MANIFEST).unlink(), "it was not saved to the end"),
+    "broken manifest": (lambda path: (path / MANIFEST).write_text("{"), "cannot be read"),
+    "unreadable file": (_unreadable, f"{DATA} cannot be read"),
+    "payload for metadata": (_metadata_payload, ".metadata has another content than was saved"),
+    "payload beside it": (_common_payload, "common.pt was not saved with it"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_skipped_or_refused(
+    ranks: RankPools, folder: Path, run: Path, tmp_path: Path, fault: str
+) -> None:
+    break_, words = FAULTS[fault]
+    break_(run / NEWEST)
+    before = listing(run)
+    flags = flags_of(folder, run)
+
+    for path in ("iter_0000001", "iter_0000002"):
+        (run / path).rename(tmp_path / path)
+    alone = listing(run)
+    code, error, _ = ranks.run(train, flags, world_size=1)[0]
+    assert code == 1
+    assert error.startswith(f"no checkpoint under {run} is whole: {run / NEWEST}: ")
+    # Before anything is built `.metadata` is read, and what it may not name is not run.
+    assert (words in error) or ("payload" in fault and "does not belong there" in error)
+    assert "\n" not in error
+    assert listing(run) == alone
+    for path in ("iter_0000001", "iter_0000002"):
+        (tmp_path / path).rename(run / path)
+    assert listing(run) == before
+
+    outcome = ranks.run(train, flags, tmp_path / "steps", world_size=1)[0]
+    assert outcome[:2] == (0, "")
+    (warning,) = warnings_of(outcome)
+    assert warning.startswith(f"WARNING: skipped {run / NEWEST}: ")
+    assert words in warning
+    assert recorded(tmp_path / "steps") == recorded(folder / "steps")[2:]
+    after = listing(run)
+    kept = [name for name in before if name.startswith(("iter_0000001", "iter_0000002"))]
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    for number in range(1, STEPS + 1):
+        check_whole(run / f"iter_{number:07d}", checksums=True)
+    assert (run / POINTER).read_text() == str(STEPS)
+    assert not (run / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("1", None),
+        ("7", "it names iter_0000007, which is not there"),
+        ("garbage", "it names no iteration"),
+        ("", "it names no iteration"),
+        (None, None),
+    ],
+)
+def test_the_pointer_is_a_hint(
+    ranks: RankPools,
+    folder: Path,
+    run: Path,
+    tmp_path: Path,
+    content: str | None,
+    words: str | None,
+) -> None:
+    if content is None:
+        (run / POINTER).unlink()
+    else:
+        (run / POINTER).write_text(content)
+    outcome = ranks.run(train, flags_of(folder, run), tmp_path / "steps", world_size=1)[0]
+    assert outcome[:2] == (0, "")
+    warned = [] if words is None else [f"WARNING: skipped {run / POINTER}: {words}"]
+    assert warnings_of(outcome) == warned
+    assert recorded(tmp_path / "steps") == recorded(folder / "steps")[3:]
+    assert (run / POINTER).read_text() == str(STEPS)
+
+
+def test_a_pointer_to_nothing_is_no_new_run(ranks: RankPools, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / POINTER).write_text("2")
+    code, error, _ = ranks.run(train, flags_of(folder, tmp_path / "run"), world_size=1)[0]
+    assert code == 1
+    assert "it names iter_0000002, which is not there" in error
+
+
+def test_all_ranks_agree_on_what_one_of_them_finds(
+    ranks: RankPools, folder: Path, run: Path, tmp_path: Path
+) -> None:
+    """Of three files, the middle one by size is verified by rank 1."""
+    flags = flags_of(folder, run, "--exit-interval", "1")
+    content = bytearray((run / NEWEST / ".metadata").read_bytes())
+    content[-2] ^= 1
+    (run / NEWEST / ".metadata").write_bytes(content)
+    outcomes = ranks.run(train, flags, world_size=2)
+    assert [outcome[:2] for outcome in outcomes] == [(0, "")] * 2
+    (warning,) = warnings_of(outcomes[0])
+    assert ".metadata has another content than was saved" in warning
+    assert warnings_of(outcomes[1]) == []
+
+
+def test_without_checksums_sizes_are_compared(ranks: RankPools, folder: Path, run: Path) -> None:
+    _flip(run / NEWEST)
+    flags = flags_of(folder, run, "--no-verify-checkpoint")
+    outcome = ranks.run(train, flags, world_size=1)[0]
+    assert outcome[0] == 0
+    assert warnings_of(outcome) == []
+    _truncate(run / "iter_0000004")
+    outcome = ranks.run(train, flags, world_size=1)[0]
+    assert f"{DATA} has 1000 bytes in place of" in warnings_of(outcome)[0]
+
+
+def test_an_iteration_that_is_named(
+    ranks: RankPools, folder: Path, run: Path, tmp_path: Path
+) -> None:
+    """It has to be whole; without a manifest, as Megatron writes it, it loads with a warning."""
+    other = str(tmp_path / "other")
+    flags = [*flags_of(folder, run, "--save", other), "--ckpt-step", "3"]
+    _flip(run / NEWEST)
+    code, error, _ = ranks.run(train, flags, world_size=1)[0]
+    assert code == 1
+    assert error.startswith(f"{run / NEWEST}: {DATA} has another content than was saved")
+    assert "--ckpt-step" in error
+
+    _flip(run / NEWEST)  # back
+    (run / NEWEST / MANIFEST).unlink()
+    outcome = ranks.run(train, flags, tmp_path / "steps", world_size=1)[0]
+    assert outcome[0] == 0
+    assert f"WARNING: nothing says whether {run / NEWEST} is whole" in outcome[2]
+    assert recorded(tmp_path / "steps") == recorded(folder / "steps")[3:]
+
+    shutil.rmtree(other)
+    _truncate(run / NEWEST)
+    code, error, _ = ranks.run(train, flags, world_size=1)[0]
+    assert code == 1
+    assert f"{DATA} has 1000 bytes, " in error
+
+
+def test_older_iterations_are_not_written_beside_newer_ones(
+    ranks: RankPools, folder: Path, run: Path
+) -> None:
+    before = listing(run)
+    for flags in (["--ckpt-step", "2"], ["--finetune"], ["--load", str(run.parent / "nothing")]):
+        code, error, _ = ranks.run(train, [*flags_of(folder, run), *flags], world_size=1)[0]
+        assert code == 2
+        assert f"has {NEWEST} already" in error
+    assert listing(run) == before
+
+
+def test_a_save_path_that_is_not_writable(
+    ranks: RankPools, folder: Path, run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    flags = [*flags_of(folder, run), "--save", str(tmp_path / "file" / "run")]
+    code, error, _ = ranks.run(train, flags, world_size=1)[0]
+    assert code == 1
+    assert f"{tmp_path / 'file'} is not a writable directory" in error
+
+
+@pytest.mark.parametrize("background", [[], ["--async-save"]])
+def test_what_is_kept(ranks: RankPools, folder: Path, run: Path, background: list[str]) -> None:
+    """Of 1, 2, 3 (broken) and 4: the newest, and what 2 divides; and no leftovers of others."""
+    (run / NEWEST / MANIFEST).unlink()
+    (run / NEWEST / "metadata.json").unlink()
+    (run / ".iter_0000000.discarded").mkdir()
+    keep = ["--keep-last-checkpoints", "1", "--keep-every-iterations", "2"]
+    before = listing(run)
+    flags = [*flags_of(folder, run), *keep, "--save-interval", "2", *background]
+    assert ranks.run(train, flags, world_size=1)[0][:2] == (0, "")
+    kept = {"iter_0000002", "iter_0000004", POINTER}
+    assert {path.name for path in run.iterdir()} == kept
+    after = listing(run)
+    assert all(after[name] == before[name] for name in before if name.startswith("iter_0000002"))
+    check_whole(run / "iter_0000004", checksums=True)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "full"),
+    # The others are of rank 0 alone; the launcher would end the ranks that wait for it.
+    [(2, "__1_0.distcp"), (1, ".metadata.tmp"), (1, f".{MANIFEST}.new"), (1, f".{POINTER}.new")],
+)
+def test_a_disk_that_fills_up(
+    ranks: RankPools, folder: Path, tmp_path: Path, world_size: int, full: str
+) -> None:
+    run = tmp_path / "run"
+    first = flags_of(folder, run, "--exit-interval", "1")
+    assert ranks.run(run_trainer, first, world_size=world_size) == [0] * world_size
+    before = listing(run)
+    flags = flags_of(folder, run)
+    code, error, _ = ranks.run(train_full_disk, flags, full, world_size=world_size)[0]
+    assert code == 1
+    assert "iteration 2 could not be saved" in error
+    assert "goes on from the checkpoint before it" in error
+    after = listing(run)
+    assert {name: after[name] for name in before} == before
+
+    # The pointer is the last: a checkpoint that it does not name yet is whole.
+    start = 3 if full.endswith(f"{POINTER}.new") else 2
+    outcomes = ranks.run(train, flags, tmp_path / "steps", world_size=world_size)
+    assert outcomes[-1][:2] == (0, "")
+    steps = recorded(tmp_path / "steps")
+    assert [number for number, _ in steps] == list(range(start, STEPS + 1))
+    if world_size == 1:
+        assert steps == recorded(folder / "steps")[start - 1 :]
+    assert (run / POINTER).read_text() == str(STEPS)
