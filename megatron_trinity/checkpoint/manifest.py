@@ -47,12 +47,13 @@ def write_manifest(directory: Path, known: Mapping[str, FileSum] = {}) -> None:
     """Declare the files of `directory` complete, in one step.
 
     Args:
-        known: sums of files that need not be read again, by name.
+        known: sums of files that need not be read again, by their path inside of it.
 
     Raises:
         OSError: a file cannot be read, or the manifest not be written.
     """
-    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    names = sorted(str(path.relative_to(directory)) for path in paths if path.name != MANIFEST)
     files = {name: asdict(known.get(name) or file_sum(directory / name)) for name in names}
     with replacing(directory / MANIFEST) as stream:
         json.dump({"version": VERSION, "files": files}, stream, indent=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron.training.utils import warn_rank_0
 
-from megatron_trinity.checkpoint.torch_dist import TRACKER, TorchDistCheckpoint
+from megatron_trinity.checkpoint.torch_dist import RELEASE, TRACKER, TorchDistCheckpoint
 from megatron_trinity.errors import UsageError
 
 SHAPE = (
@@ -55,7 +55,12 @@ def check_checkpoint(args: Namespace) -> None:
             f"the checkpoint under {args.load} is of another model: {'; '.join(differences)}; "
             "give the preset of that run, or another --load"
         )
-    if not (args.finetune or args.no_load_optim):
+    if not (args.finetune or args.no_load_optim or checkpoint.path.name == RELEASE):
+        if not checkpoint.has_optimizer:
+            raise UsageError(
+                f"the checkpoint under {args.load} has no state of an optimizer; give "
+                "--no-load-optim to start without, or --finetune"
+            )
         there, here = _optimizer(saved), _optimizer(args)
         if there != here:
             raise UsageError(
