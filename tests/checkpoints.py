@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_trinity.checkpoint.hf_mapping import entries
 from megatron_trinity.checkpoint.manifest import write_manifest
 from megatron_trinity.checkpoint.slices import slices
-from megatron_trinity.checkpoint.torch_dist import COMMON, TRACKER
+from megatron_trinity.checkpoint.torch_dist import COMMON, TorchDistTensors
 from megatron_trinity.checkpoint.torch_dist_write import (
     TensorSlice,
     finish,
@@ -26,6 +26,7 @@ from megatron_trinity.checkpoint.torch_dist_write import (
 )
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.upstream.checkpoint_pickles import load_metadata
+from megatron_trinity.upstream.checkpoint_tracker import TRACKER
 from tests.trinity import afmoe_config, parse
 
 OPTIMIZER = ("fp32_param", "momentum_buffer")
@@ -60,6 +61,7 @@ def write_checkpoint(
     files: int = 2,
     max_bytes: int = 10000,
     common: Mapping[str, Any] = {},
+    objects: Mapping[str, Any] = {},
 ) -> Path:
     """An iteration of chunks of at most `max_bytes`, dealt out to files; returns its directory."""
     path = run / f"iter_{iteration:07d}"
@@ -70,7 +72,7 @@ def write_checkpoint(
         for part in slices(tuple(tensor.shape), tensor.element_size(), max_bytes)
     ]
     state = {"args": args, "checkpoint_version": 3.0, "iteration": iteration, **common}
-    objects, resolve_objects = object_items({COMMON: state})
+    items_of_objects, resolve_objects = object_items({COMMON: state, **objects})
 
     def resolve(item: Any) -> Tensor:
         chunk = item.tensor_data.chunk
@@ -80,12 +82,18 @@ def write_checkpoint(
         return value.contiguous().clone()
 
     items = [[piece.write_item() for piece in pieces[file::files]] for file in range(files)]
-    plans, metadata = plan_files(path, [*items, objects])
+    plans, metadata = plan_files(path, [*items, items_of_objects])
     written = [write_file(path, plan, resolve) for plan in plans[:-1]]
     finish(path, metadata, [*written, write_file(path, plans[-1], resolve_objects)])
     write_manifest(path)
     (run / TRACKER).write_text(str(iteration))
     return path
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of an iteration."""
+    stored = TorchDistTensors(path)
+    return {key: stored.tensor(key) for key in stored.tensor_keys()}
 
 
 def edit_metadata(path: Path, edit: Callable[[Any], None]) -> None:

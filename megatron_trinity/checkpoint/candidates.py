@@ -9,12 +9,11 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_trinity.checkpoint.manifest import MANIFEST, faults, read_manifest, strangers
-from megatron_trinity.checkpoint.torch_dist import CONFIG, METADATA, READ_ERRORS
+from megatron_trinity.checkpoint.torch_dist import CONFIG, METADATA, READ_ERRORS, RELEASE
 from megatron_trinity.errors import TrinityError, root_cause
 from megatron_trinity.upstream.checkpoint_pickles import load_metadata
 from megatron_trinity.upstream.checkpoint_tracker import TRACKER, iteration_path
 
-RELEASE = "release"
 LAST_OF_MEGATRON = CONFIG
 """The last file that Megatron itself writes into an iteration."""
 

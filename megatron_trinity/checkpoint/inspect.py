@@ -14,6 +14,7 @@ from megatron_trinity.checkpoint.structure import manifest_faults, structure_fau
 from megatron_trinity.checkpoint.torch_dist import (
     METADATA,
     OPTIMIZER_PREFIX,
+    RELEASE,
     TorchDistCheckpoint,
     TorchDistTensors,
 )
@@ -153,7 +154,7 @@ def inspect_checkpoint(directory: Path, checksums: bool = False) -> Inspection:
 def iterations(directory: Path) -> Iterator[Iteration]:
     """The checkpoints in a run's directory, oldest first."""
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-        if path.name == "release" or (path.is_dir() and path.name.startswith("iter_")):
+        if path.name == RELEASE or (path.is_dir() and path.name.startswith("iter_")):
             if (path / METADATA).is_file():
                 fault = next(manifest_faults(path, checksums=False), None)
             else:

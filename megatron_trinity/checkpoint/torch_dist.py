@@ -27,9 +27,12 @@ from megatron_trinity.checkpoint.hf_mapping import Shape, row_count
 from megatron_trinity.checkpoint.safetensors_files import read_into
 from megatron_trinity.errors import TrinityError, root_cause
 from megatron_trinity.upstream.checkpoint_pickles import load_metadata, load_object
+from megatron_trinity.upstream.checkpoint_tracker import TRACKER
 
 METADATA, CONFIG = ".metadata", "metadata.json"
-TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""Megatron's name for weights that no run has trained: it loads no optimizer with them."""
+
 OPTIMIZER_PREFIX = "optimizer."
 MOMENTUM = ".expert_bias_momentum"
 COMMON = "common_state/shard_0_1"
@@ -59,6 +62,7 @@ class TorchDistTensors:
     Attributes:
         path: the directory.
         has_momentum: whether it holds SMEBU's momentum, which is state of training alone.
+        has_optimizer: whether it holds state of an optimizer.
         places: file, offset and length of every chunk of a tensor and of every object.
     """
 
@@ -80,6 +84,7 @@ class TorchDistTensors:
             k: entry for k, entry in entries if isinstance(entry, TensorStorageMetadata)
         }
         self._objects = [k for k, entry in entries if isinstance(entry, BytesStorageMetadata)]
+        self.has_optimizer = any(key.startswith(OPTIMIZER_PREFIX) for key in self._stored)
         self.has_momentum = any(key.endswith(MOMENTUM) for key in self.model_state_keys())
         self._runs: dict[str, list[_Run]] = {}
         self._begins: dict[MetadataIndex, int] = {}
@@ -106,12 +111,24 @@ class TorchDistTensors:
         Raises:
             TrinityError: there is none, it cannot be read, or it is more than data.
         """
+        content = self.object_bytes(key)
+        try:
+            return load_object(io.BytesIO(content))
+        except READ_ERRORS as error:
+            raise TrinityError(f"{self.path}: {key} cannot be read: {root_cause(error)}") from error
+
+    def object_bytes(self, key: str) -> bytes:
+        """The object in the form that it is stored in.
+
+        Raises:
+            TrinityError: there is none, or its file cannot be read.
+        """
         try:
             place = self.places[MetadataIndex(key)]
             _refuse_extension(place)
             with open(self.path / place.relative_path, "rb") as stream:
                 stream.seek(place.offset)
-                return load_object(io.BytesIO(stream.read(place.length)))
+                return stream.read(place.length)
         except READ_ERRORS as error:
             raise TrinityError(f"{self.path}: {key} cannot be read: {root_cause(error)}") from error
 
