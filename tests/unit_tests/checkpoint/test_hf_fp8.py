@@ -22,7 +22,7 @@ from megatron_trinity.checkpoint.fp8 import E4M3, dequantize, quantize
 from megatron_trinity.checkpoint.fp8_forms import FormName
 from megatron_trinity.checkpoint.hf_source import open_hf_directory
 from megatron_trinity.errors import TrinityError
-from tests.afmoe import random_tensors, write_afmoe
+from tests.afmoe import dequantized, random_tensors, write_afmoe
 from tests.distributed.pool import RankPools
 from tests.trinity import afmoe_config
 from tests.unit_tests.checkpoint.test_fp8 import assert_within_e4m3
@@ -98,7 +98,10 @@ def all_errors(ranks: RankPools, root: Path) -> dict[str, dict[str, float]]:
     for form in FORMS:
         exports[str(root / form.name)] = {"fp8": form.name}
         exports[str(root / f"{form.name}-little")] = {"fp8": form.name, **LITTLE}
-    [((plain, *found), error)] = ranks.run(convert, hf, root / "save", exports, world_size=1)
+    # The exports of little memory start processes of their own.
+    [((plain, *found), error)] = ranks.run(
+        convert, hf, root / "save", exports, world_size=1, timeout=300
+    )
     assert error == ""
     assert plain == {}
     for one, little in zip(found[::2], found[1::2], strict=True):
@@ -251,16 +254,8 @@ def test_transformers_reads_blocks(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fp8 = weights(root / "block")
-    config = afmoe_config(**SIZES)
-    dequantized = {
-        name: dequantize(tensor, fp8[f"{name}_scale_inv"], (128, 128))
-        if name in all_errors["block"]
-        else tensor.float()
-        for name, tensor in fp8.items()
-        if not name.endswith("_scale_inv")
-    }
-    write_afmoe(tmp_path / "hf", config, dequantized)
+    tensors = dequantized(weights(root / "block"), "_scale_inv")
+    write_afmoe(tmp_path / "hf", afmoe_config(**SIZES), tensors)
     # It asks for accelerate, and on a CPU, where it dequantises, uses none of it.
     monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)
     model, report = AfmoeForCausalLM.from_pretrained(
