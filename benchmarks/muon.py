@@ -2,10 +2,11 @@
 
 The matrices of one rank: `nano`'s routed experts with EP 8, all of a `nano` layer, all of a `large`
 layer at a quarter of its width. Ours is the trainer's own code, on parameters as Megatron holds
-them. Megatron's `TensorParallelMuon` gets the same parameters, and orthogonalises gate and up
-projections as one matrix, as it does in training; `torch.optim.Muon`, which knows no fused
-parameters, gets the matrices. Five Newton-Schulz steps on every side, in turn in one process; torch
-computes in bf16 whatever it is given. Peak memory of a step in a process of its own each.
+them. Megatron's `TensorParallelMuon` gets the same parameters, of which it orthogonalises gate and
+up projections as one matrix, and once more the matrices, which is the same update as ours;
+`torch.optim.Muon`, which knows no fused parameters, gets the matrices. Five Newton-Schulz steps on
+every side, in turn in one process; torch computes in bf16 whatever it is given. Peak memory of a
+step in a process of its own each, on the matrices of a few layers, since a rank has many.
 
 On a CPU torch, which takes a matrix at a time, is timed on one matrix of each shape, once, and that
 is multiplied by their number: in bf16 the whole would take minutes. With `--device cuda` it gets
@@ -15,9 +16,10 @@ them all; times are those of CUDA events, and kernel launches are counted.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import math
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +31,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_trinity.errors import TrinityError, UsageError, run_command
 
@@ -37,11 +39,16 @@ EXAMPLE = """example:
   OMP_NUM_THREADS=1 python benchmarks/muon.py
   python benchmarks/muon.py --device cuda --precision bf16 --layers 8
 """
-PEERS = {"megatron": "TensorParallelMuon", "torch": "torch.optim.Muon"}
+PEERS = {
+    "megatron": "TensorParallelMuon",
+    "matrices": "TensorParallelMuon on the matrices",
+    "torch": "torch.optim.Muon",
+}
 LR, MOMENTUM, DECAY, STEPS = 1e-3, 0.95, 0.1, 5
 LAYER = "decoder.layers.{layer}."
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # between updates of ours and Megatron's
 QUICK_EXPERTS = 2
+MEMORY_BYTES = 200e6  # of momentum, on which the peak of a step is measured
 
 Parameters = dict[str, nn.Parameter]
 Step = Callable[[], None]
@@ -175,18 +182,27 @@ def ours(case: Case, found: Parameters, precision: str) -> Step:
 
 
 def megatron(case: Case, found: Parameters, precision: str) -> Step:
+    fused = {id(parameter) for name, parameter in found.items() if "linear_qkv" in name}
+    return megatron_step(case, list(found.values()), lambda p: id(p) in fused, precision)
+
+
+def megatron_on_matrices(case: Case, found: Parameters, precision: str) -> Step:
+    return megatron_step(case, matrices(case, found), lambda p: False, precision)
+
+
+def megatron_step(
+    case: Case, found: list[nn.Parameter], is_qkv: Callable[[Tensor], bool], precision: str
+) -> Step:
     from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
 
-    for name, parameter in found.items():
-        parameter.is_qkv = "linear_qkv" in name  # type: ignore[attr-defined]
     return TensorParallelMuon(
-        list(found.values()),
+        found,
         lr=LR,
         momentum=MOMENTUM,
         nesterov=False,
         weight_decay=DECAY,
         split_qkv=True,
-        is_qkv_fn=lambda parameter: parameter.is_qkv,
+        is_qkv_fn=is_qkv,
         qkv_split_shapes=case.sizes.qkv,
         fp32_matmul_prec="medium" if precision == "bf16" else "high",
         num_ns_steps=STEPS,
@@ -196,7 +212,7 @@ def megatron(case: Case, found: Parameters, precision: str) -> Step:
 
 
 def torch_muon(case: Case, found: Parameters, precision: str) -> Step:
-    return torch_step([m for matrices in matrices_by_shape(case, found).values() for m in matrices])
+    return torch_step(matrices(case, found))
 
 
 def torch_step(matrices: Sequence[nn.Parameter]) -> Step:
@@ -227,6 +243,10 @@ def matrices_by_shape(case: Case, found: Parameters) -> dict[torch.Size, list[nn
     return by_shape
 
 
+def matrices(case: Case, found: Parameters) -> list[nn.Parameter]:
+    return [m for of_shape in matrices_by_shape(case, found).values() for m in of_shape]
+
+
 def torch_seconds_by_shape(case: Case, layers: int) -> float:
     """Of a step of torch's on a CPU: one matrix of each shape, times their number."""
     by_shape = matrices_by_shape(case, parameters(case, layers, "cpu"))
@@ -251,6 +271,7 @@ def matrix_rows(case: Case, name: str) -> list[list[slice]]:
 SIDES: dict[str, Callable[[Case, Parameters, str], Step]] = {
     "ours": ours,
     "megatron": megatron,
+    "matrices": megatron_on_matrices,
     "torch": torch_muon,
 }
 
@@ -320,11 +341,11 @@ def launches(case: Case, layers: int, precision: str) -> dict[str, int]:
     return found
 
 
-def step_memory(case: Case, layers: int, side: str, precision: str) -> float:
+def step_memory(case: Case, side: str, precision: str) -> float:
     """Peak of a step above weights and gradients, momentum included, over the momentum's size."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure, args=(case, layers, side, precision, sender))
+    child = context.Process(target=_measure, args=(case, side, precision, sender))
     child.start()
     sender.close()
     ratio: float = receiver.recv()
@@ -332,13 +353,22 @@ def step_memory(case: Case, layers: int, side: str, precision: str) -> float:
     return ratio
 
 
-def _measure(case: Case, layers: int, side: str, precision: str, sender: Any) -> None:
-    found = parameters(case, layers, "cpu")
+def _measure(case: Case, side: str, precision: str, sender: Any) -> None:
+    layer = 4 * sum(rows * columns for rows, columns in case.shapes(1).values())
+    found = parameters(case, math.ceil(MEMORY_BYTES / layer), "cpu")
     momentum = sum(parameter.nbytes for parameter in found.values())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # What making the parameters has freed would hide as much of the step.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+    before = _memory("VmRSS")
     SIDES[side](case, found, precision)()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    sender.send(peak * 1024 / momentum)
+    sender.send((_memory("VmHWM") - before) / momentum)
+
+
+def _memory(name: str) -> int:
+    """Bytes of this process, from the kernel."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def rows(case: Case, unit: str, values: Mapping[str, float]) -> list[dict[str, object]]:
@@ -408,7 +438,7 @@ def main() -> None:
     found = []
     for case in cases:
         if arguments.device == "cpu":  # before threads are started, which do not survive a fork
-            peaks = {s: step_memory(case, layers, s, precision) for s in ("ours", "megatron")}
+            peaks = {s: step_memory(case, s, precision) for s in ("ours", "megatron")}
             found += rows(case, "peak over momentum", peaks)
     for case in cases:
         check_agreement(case, layers, arguments.device, precision)

@@ -1,14 +1,19 @@
 # shellcheck shell=bash
-# The Python environment of every script here. To be sourced, then called with the project's root:
+# The Python environments of every script here. To be sourced, then called with the project's root:
 #
 #     source "$root/scripts/environment.sh"
 #     prepare_environment "$root"
 #
 # Afterwards $root/.venv holds the versions of requirements/lock.txt and the package itself
 # (editable), and its `python` is first on PATH. A second call only compares a stamp.
+# `prepare_vllm "$root"` makes $root/.venv-vllm from requirements/vllm.txt, and leaves PATH alone.
 #
-# Needs bash, coreutils and flock (util-linux). PYTHON names the interpreter to build .venv with;
-# without it an existing .venv keeps the interpreter it has.
+# Needs bash, coreutils and flock (util-linux). PYTHON names the interpreter to build with; without
+# it an existing environment keeps the interpreter it has.
+#
+# The functions below read what _environment_make was called with: environment_root,
+# environment_dir (what to make), environment_lock (from which versions), and environment_files
+# (whose change makes it out of date).
 
 _environment_say() { printf 'environment: %s\n' "$*" >&2; }
 
@@ -74,47 +79,47 @@ _environment_find_python() {
     environment_python=${found#*$'\t'}
 }
 
-# What .venv must have been made from to be right: where it is, its Python, and these files.
+# What it must have been made from to be right: where the project is, its Python, and these files.
 _environment_stamp() {
-    local root=$1 version=$2
-    printf 'root %s\npython %s\nfiles %s\n' "$root" "$version" \
-        "$(cat "$root/requirements/lock.txt" "$root/pyproject.toml" "$root/setup.py" | sha256sum)"
+    printf 'root %s\npython %s\nfiles %s\n' "$environment_root" "$1" \
+        "$(cat "${environment_files[@]}" | sha256sum)"
 }
 
 _environment_version_of_venv() {
-    [[ -x $1/.venv/bin/python ]] || return 1
-    "$1/.venv/bin/python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' \
+    [[ -x $environment_dir/bin/python ]] || return 1
+    "$environment_dir/bin/python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' \
         2>/dev/null </dev/null
 }
 
 _environment_is_current() {
-    local root=$1 version wanted
-    version=$(_environment_version_of_venv "$root") || return 1
+    local version wanted
+    version=$(_environment_version_of_venv) || return 1
     if [[ -n ${PYTHON:-} ]]; then
         wanted=$(_environment_probe "$PYTHON") || return 1
         [[ $version == "${wanted%%$'\t'*}" ]] || return 1
     fi
-    [[ ! -e $root/.venv/.installing && -f $root/.venv/.stamp ]] || return 1
-    [[ $(_environment_stamp "$root" "$version") == "$(<"$root/.venv/.stamp")" ]]
+    [[ ! -e $environment_dir/.installing && -f $environment_dir/.stamp ]] || return 1
+    [[ $(_environment_stamp "$version") == "$(<"$environment_dir/.stamp")" ]]
 }
 
-# True when .venv cannot be updated in place.
+# True when it cannot be updated in place.
 _environment_must_rebuild() {
-    local root=$1 version
-    version=$(_environment_version_of_venv "$root") || return 0
+    local version
+    version=$(_environment_version_of_venv) || return 0
     # An interrupted pip can leave a package that looks installed and is not whole.
-    [[ ! -e $root/.venv/.installing ]] || return 0
+    [[ ! -e $environment_dir/.installing ]] || return 0
     [[ $version == "$environment_version" ]] || return 0
     # Moved or copied here: its scripts and its link to the package point to the old place.
-    [[ ! -f $root/.venv/.stamp ]] || ! grep -qxF "root $root" "$root/.venv/.stamp"
+    [[ ! -f $environment_dir/.stamp ]] ||
+        ! grep -qxF "root $environment_root" "$environment_dir/.stamp"
 }
 
 # pip with one plain line for each package; its whole output is kept for when it fails.
 _environment_pip() {
-    local root=$1 total=$2
-    shift 2
-    "$root/.venv/bin/python" -m pip install --no-input --disable-pip-version-check \
-        --progress-bar off "$@" </dev/null 2>&1 | tee -a "$root/.venv/install.log" |
+    local total=$1
+    shift
+    "$environment_dir/bin/python" -m pip install --no-input --disable-pip-version-check \
+        --progress-bar off "$@" </dev/null 2>&1 | tee -a "$environment_dir/install.log" |
         awk -v total="$total" '
             /^(Collecting|Processing) / {
                 sub(/.*\//, "", $2)
@@ -125,62 +130,82 @@ _environment_pip() {
     return "${PIPESTATUS[0]}"
 }
 
+# The package itself, where it is part of the environment.
+_environment_install_package() {
+    [[ $environment_dir == "$environment_root/.venv" ]] || return 0
+    # The lock has setuptools, so building needs nothing more.
+    _environment_pip 1 --no-deps --no-build-isolation -e "$environment_root"
+}
+
 _environment_install() {
-    local root=$1 count
-    if _environment_is_current "$root"; then return 0; fi # another process was quicker
-    if [[ -n ${PYTHON:-} ]] || ! environment_version=$(_environment_version_of_venv "$root") ||
+    local count
+    if _environment_is_current; then return 0; fi # another process was quicker
+    if [[ -n ${PYTHON:-} ]] || ! environment_version=$(_environment_version_of_venv) ||
         [[ $environment_version != 3.12.* && $environment_version != 3.13.* ]]; then
         _environment_find_python || return 1
     else
-        environment_python=$root/.venv/bin/python
+        environment_python=$environment_dir/bin/python
         # Rebuilding removes that one, so the base interpreter has to be known beforehand.
         environment_python=$("$environment_python" -c \
             'import os, sys; print(os.path.realpath(sys._base_executable))') || return 1
     fi
 
-    if _environment_must_rebuild "$root"; then
-        if [[ -e $root/.venv ]]; then _environment_say "replacing $root/.venv"; fi
-        rm -rf "$root/.venv" || return 1
-        _environment_say "making $root/.venv with Python $environment_version ($environment_python)"
-        mkdir "$root/.venv" && : >"$root/.venv/.installing" || return 1
-        "$environment_python" -m venv "$root/.venv" || return 1
+    if _environment_must_rebuild; then
+        if [[ -e $environment_dir ]]; then _environment_say "replacing $environment_dir"; fi
+        rm -rf "$environment_dir" || return 1
+        _environment_say "making $environment_dir with Python $environment_version ($environment_python)"
+        mkdir "$environment_dir" && : >"$environment_dir/.installing" || return 1
+        "$environment_python" -m venv "$environment_dir" || return 1
         _environment_say "torch with its libraries is about 3 GB to download: a few minutes"
     else
-        _environment_say "updating $root/.venv (Python $environment_version)"
-        : >"$root/.venv/.installing" || return 1
+        _environment_say "updating $environment_dir (Python $environment_version)"
+        : >"$environment_dir/.installing" || return 1
     fi
 
-    count=$(grep -c == "$root/requirements/lock.txt")
-    _environment_say "installing the $count packages of requirements/lock.txt"
-    : >"$root/.venv/install.log"
-    # The lock is complete, so nothing is left to resolve. It has setuptools, so the build of the
-    # package itself needs nothing more.
-    if ! _environment_pip "$root" "$count" --no-deps -r "$root/requirements/lock.txt" ||
-        ! _environment_pip "$root" 1 --no-deps --no-build-isolation -e "$root"; then
-        _environment_say "error: the installation failed; the end of $root/.venv/install.log:"
-        tail -n 15 "$root/.venv/install.log" >&2
+    count=$(grep -c '^[^#]*==' "$environment_lock")
+    _environment_say "installing the $count packages of $environment_lock"
+    : >"$environment_dir/install.log"
+    # The lock is complete, so nothing is left to resolve.
+    if ! _environment_pip "$count" --no-deps -r "$environment_lock" ||
+        ! _environment_install_package; then
+        _environment_say "error: the installation failed; the end of $environment_dir/install.log:"
+        tail -n 15 "$environment_dir/install.log" >&2
         _environment_say "check the network and the free disk space (8 GB), and run this again."
         return 1
     fi
-    _environment_stamp "$root" "$environment_version" >"$root/.venv/.stamp" || return 1
-    rm "$root/.venv/.installing" || return 1
+    _environment_stamp "$environment_version" >"$environment_dir/.stamp" || return 1
+    rm "$environment_dir/.installing" || return 1
     _environment_say "ready"
 }
 
+# _environment_make ROOT DIRECTORY LOCK [FILE...]: names are relative to ROOT.
+_environment_make() {
+    local environment_root environment_dir environment_lock environment_files
+    environment_root=$(cd "$1" && pwd -P) || return 1
+    environment_dir=$environment_root/$2
+    environment_lock=$environment_root/$3
+    environment_files=("${@:3}")
+    environment_files=("${environment_files[@]/#/$environment_root/}")
+    if _environment_is_current; then return 0; fi
+    # pip inherits the lock: if this shell is killed, the next one waits for what it started.
+    (
+        flock --nonblock 9 || {
+            _environment_say "waiting for another process to finish with $environment_dir"
+            flock 9
+        }
+        _environment_install
+    ) 9>"$environment_dir.lock"
+}
+
 prepare_environment() {
-    local root
-    root=$(cd "$1" && pwd -P) || return 1
-    if ! _environment_is_current "$root"; then
-        # pip inherits the lock: if this shell is killed, the next one waits for what it started.
-        (
-            flock --nonblock 9 || {
-                _environment_say "waiting for another process to finish with $root/.venv"
-                flock 9
-            }
-            _environment_install "$root"
-        ) 9>"$root/.venv.lock" || return 1
-    fi
-    export VIRTUAL_ENV=$root/.venv
+    _environment_make "$1" .venv requirements/lock.txt pyproject.toml setup.py || return 1
+    VIRTUAL_ENV=$(cd "$1" && pwd -P)/.venv
+    export VIRTUAL_ENV
     export PATH=$VIRTUAL_ENV/bin:$PATH
     unset PYTHONHOME
+}
+
+# For the tests of tests/clients alone: vLLM pins other versions of what the project uses.
+prepare_vllm() {
+    _environment_make "$1" .venv-vllm requirements/vllm.txt
 }

@@ -52,3 +52,18 @@ def write_afmoe(
         weight_map.update(dict.fromkeys(part, file))
     (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return path
+
+
+def dequantized(tensors: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
+    """The tensors of a model in FP8 in fp32: each scale, named so, spread over its block."""
+    plain = {}
+    for name, tensor in tensors.items():
+        if name.endswith(suffix):
+            continue
+        plain[name] = tensor.float()
+        scale = tensors.get(name + suffix)
+        if scale is not None:
+            for axis, size in enumerate(tensor.shape):
+                scale = scale.repeat_interleave(size // scale.shape[axis], axis)
+            plain[name] *= scale.float()
+    return plain

@@ -17,6 +17,10 @@ FLAGS = (
     *("--adamw-weight-decay", "0.02", "--weight-decay", "0.1", "--adam-beta2", "0.95"),
     *("--clip-grad", "0"),
 )
+ADAM_FLAGS = (
+    *("--optimizer", "adam", "--lr", "1e-3", "--min-lr", "1e-4", "--weight-decay", "0.1"),
+    *("--adam-beta2", "0.95", "--adam-eps", "1e-3", "--clip-grad", "0"),
+)
 
 
 def config() -> AfmoeConfig:
@@ -72,16 +76,51 @@ def whole(shapes: Mapping[str, Sequence[int]], parts: Sequence[Part]) -> dict[st
 
 def build_optimizer(flags: Sequence[str], weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
     """A rank's model, with these weights, and its optimizer."""
-    from megatron.core.tensor_parallel import (
-        set_defaults_if_not_set_tensor_model_parallel_attributes,
-    )
     from megatron.training.training import get_megatron_optimizer_config
 
-    from megatron_trinity.model.shards import load_whole_tensors, model_shards
     from megatron_trinity.optimizer.optimizer import TrinityOptimizer
     from megatron_trinity.optimizer.param_groups import groups_from_args
 
     args = parse(config(), [*FLAGS, *flags])
+    model = _build_model(args, weights)
+    optimizer_config, _ = get_megatron_optimizer_config(args)
+    optimizer_config.timers = None
+    groups = groups_from_args(args)
+    optimizer = TrinityOptimizer(optimizer_config, [model], groups)
+    for group in optimizer.param_groups:
+        group["lr"] = group["max_lr"]
+    return model, optimizer
+
+
+def build_adam(flags: Sequence[str], weights: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """A rank's model, with these weights, and Megatron's Adam, as training makes it."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.training.training import get_megatron_optimizer_config
+
+    args = parse(config(), [*ADAM_FLAGS, *flags])
+    model = _build_model(args, weights)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=args.use_distributed_optimizer
+    )
+    wrapped = DistributedDataParallel(model.config, ddp, model)
+    optimizer_config, overrides = get_megatron_optimizer_config(args)
+    optimizer_config.timers = None
+    optimizer = get_megatron_optimizer(
+        optimizer_config, [wrapped], config_overrides=overrides, use_gloo_process_groups=False
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr
+    return model, optimizer
+
+
+def _build_model(args: Any, weights: Mapping[str, Tensor]) -> Any:
+    from megatron.core.tensor_parallel import (
+        set_defaults_if_not_set_tensor_model_parallel_attributes,
+    )
+
+    from megatron_trinity.model.shards import load_whole_tensors, model_shards
+
     model = build(args)
     for parameter in model.parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
@@ -91,13 +130,7 @@ def build_optimizer(flags: Sequence[str], weights: Mapping[str, Tensor]) -> tupl
         from megatron.core.transformer.module import Float16Module
 
         model = Float16Module(model.config, model).module
-    optimizer_config, _ = get_megatron_optimizer_config(args)
-    optimizer_config.timers = None
-    groups = groups_from_args(args)
-    optimizer = TrinityOptimizer(optimizer_config, [model], groups)
-    for group in optimizer.param_groups:
-        group["lr"] = group["max_lr"]
-    return model, optimizer
+    return model
 
 
 def set_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
@@ -114,7 +147,10 @@ def set_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
                 source = source.narrow(axis, part.global_offset[part.prepend_axis_num + axis], size)
             row = local_row(part.data, parameter)
             gradient[row : row + part.local_shape[0]].copy_(source)
-        setattr(parameter, "main_grad", gradient)
+        if hasattr(parameter, "main_grad"):  # a place in the buffer of Megatron's Adam
+            parameter.main_grad.copy_(gradient)
+        else:
+            setattr(parameter, "main_grad", gradient)
 
 
 def held_weights(model: Any) -> list[Part]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Environment, lint, types and every test that needs no GPU:   bash tests/run.sh [pytest args]
+# Environment, lint, types and tests that need no GPU and no vLLM:   bash tests/run.sh [pytest args]
+# Those with vLLM, in an environment of their own that they make:    bash tests/run.sh -m vllm
 # Every check runs even when an earlier one failed; the exit code is the first failure's.
 set -euo pipefail
 

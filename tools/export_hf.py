@@ -43,9 +43,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--fp8",
-        choices=["block"],
+        choices=["block", "compressed-tensors"],
         help="matrices of attention, MLPs and experts in e4m3, with a scale for each block of "
-        "128 x 128",
+        "128 x 128, or for each row in the form of the compressed-tensors library",
     )
     parser.add_argument(
         "--fp8-report",
@@ -111,7 +111,7 @@ def export(args: argparse.Namespace) -> None:
         workers=workers,
         allow_nonfinite=args.allow_nonfinite,
         overwrite=args.overwrite,
-        fp8=args.fp8 is not None,
+        fp8=args.fp8,
         show=progress_for_terminal,
     )
     for name, count in done.nonfinite.items():

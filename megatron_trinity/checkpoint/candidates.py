@@ -9,12 +9,12 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_trinity.checkpoint.manifest import MANIFEST, faults, read_manifest, strangers
-from megatron_trinity.checkpoint.safe_read import READ_ERRORS, read_metadata
+from megatron_trinity.checkpoint.torch_dist import CONFIG, METADATA, READ_ERRORS, RELEASE
 from megatron_trinity.errors import TrinityError, root_cause
+from megatron_trinity.upstream.checkpoint_pickles import load_metadata
 from megatron_trinity.upstream.checkpoint_tracker import TRACKER, iteration_path
 
-RELEASE = "release"
-LAST_OF_MEGATRON = "metadata.json"
+LAST_OF_MEGATRON = CONFIG
 """The last file that Megatron itself writes into an iteration."""
 
 _NAME = re.compile(r"iter_\d{7,}|release")
@@ -170,7 +170,9 @@ def _incomplete(path: Path) -> str | None:
     """What of a checkpoint without a manifest is missing, as far as its own `.metadata` says."""
     try:
         needed: dict[str, int] = {LAST_OF_MEGATRON: 0}
-        for place in read_metadata(path).storage_data.values():
+        with open(path / METADATA, "rb") as stream:
+            places = load_metadata(stream).storage_data
+        for place in places.values():
             end = place.offset + place.length
             needed[place.relative_path] = max(needed.get(place.relative_path, 0), end)
         for name, size in needed.items():

@@ -11,19 +11,18 @@ from pathlib import Path
 
 import torch
 
-from megatron_trinity.checkpoint.fp8 import E4M3, scale_shape
-from megatron_trinity.checkpoint.hf_config import hf_config_from_args
-from megatron_trinity.checkpoint.hf_files import write_configs, write_json
-from megatron_trinity.checkpoint.hf_fp8 import (
-    Band,
-    Quantized,
-    bands,
+from megatron_trinity.checkpoint.fp8 import E4M3
+from megatron_trinity.checkpoint.fp8_forms import (
+    Form,
+    FormName,
+    form,
     is_quantized,
     quantization_config,
     refuse_partial_blocks,
-    scale_name,
-    write_band,
 )
+from megatron_trinity.checkpoint.hf_config import hf_config_from_args
+from megatron_trinity.checkpoint.hf_files import write_configs, write_json
+from megatron_trinity.checkpoint.hf_fp8 import Band, Quantized, bands, write_band
 from megatron_trinity.checkpoint.hf_mapping import (
     Entry,
     Experts,
@@ -112,7 +111,7 @@ def export_hf(
     workers: int = 1,
     allow_nonfinite: bool = False,
     overwrite: bool = False,
-    fp8: bool = False,
+    fp8: FormName | None = None,
     show: Callable[[int | None], Progress] = SilentProgress,
 ) -> Exported:
     """Write the directory `hf` from the checkpoint `load`; it appears whole or not at all.
@@ -129,7 +128,7 @@ def export_hf(
         workers: processes, each of them at another file.
         allow_nonfinite: write values that are not finite.
         overwrite: replace what is there.
-        fp8: write the matrices of attention, MLPs and experts in FP8 by blocks.
+        fp8: form of FP8 for the matrices of attention, MLPs and experts, if any.
         show: makes the progress display, given the bytes in all.
 
     Raises:
@@ -141,7 +140,7 @@ def export_hf(
         raise UsageError("FP8 is read with three matrices an expert: --experts per-expert")
     if fp8 and allow_nonfinite:
         raise UsageError(
-            "a block that is not finite has no scale: leave out --allow-nonfinite or --fp8"
+            "FP8 has no scale for what is not finite: leave out --allow-nonfinite or --fp8"
         )
     checkpoint = TorchDistCheckpoint(load)
     args = checkpoint.args
@@ -152,10 +151,12 @@ def export_hf(
     table = tuple(entries(hf_config_from_args(args), experts))
     prove_bijection(table)
     _check_tensors(checkpoint, table)
-    quantized = [entry for entry in table if fp8 and is_quantized(entry)]
-    plain = [entry for entry in table if not (fp8 and is_quantized(entry))]
-    refuse_partial_blocks(quantized)
-    shards = list(_shards(table, torch_dtype, shard_bytes, fp8))
+    fp8_form = form(fp8, torch_dtype) if fp8 else None
+    quantized = [entry for entry in table if fp8_form and is_quantized(entry)]
+    plain = [entry for entry in table if not (fp8_form and is_quantized(entry))]
+    if fp8_form:
+        refuse_partial_blocks(fp8_form, quantized)
+    shards = list(_shards(table, torch_dtype, shard_bytes, fp8_form))
     files = {_file_name(n, len(shards)): shard for n, shard in enumerate(shards)}
     sizes = {file: sum(_nbytes(*said) for said in shard.values()) for file, shard in files.items()}
     needed = sum(sizes.values())
@@ -163,7 +164,7 @@ def export_hf(
     with resumable_staging(hf, [str(checkpoint.path), modified, str(files)], needed) as staging:
         whole = staging / hf.name
         whole.mkdir(exist_ok=True)
-        quantization = quantization_config(table) if fp8 else None
+        quantization = quantization_config(fp8_form, table) if fp8_form else None
         dtype_name = str(torch_dtype).removeprefix("torch.")
         write_configs(args, dtype_name, whole, tokenizer_dir, quantization)
         layouts = {
@@ -172,7 +173,7 @@ def export_hf(
         }
         slice_bytes = memory_bytes // workers // SLICE_SHARE
         reads = _reads(checkpoint, plain, files, layouts, slice_bytes)
-        banded = _bands(quantized, layouts, slice_bytes)
+        banded = _bands(fp8_form, quantized, layouts, slice_bytes) if fp8_form else {}
         units = [
             Unit(
                 file,
@@ -182,7 +183,7 @@ def export_hf(
                     whole / file,
                     layout,
                     tuple(reads[file]),
-                    tuple(banded[file]),
+                    tuple(banded.get(file, ())),
                     allow_nonfinite,
                 ),
             )
@@ -219,7 +220,7 @@ def _check_tensors(checkpoint: TorchDistTensors, table: Sequence[Entry]) -> None
 
 
 def _shards(
-    table: Sequence[Entry], dtype: torch.dtype, shard_bytes: int, fp8: bool
+    table: Sequence[Entry], dtype: torch.dtype, shard_bytes: int, fp8_form: Form | None
 ) -> Iterator[Shard]:
     """Hugging Face tensors in the order of the table, file by file; scales with their matrix."""
     shard: Shard = {}
@@ -227,11 +228,9 @@ def _shards(
     for entry in table:
         for name, shape in entry.hf.items():
             stored: Shard
-            if fp8 and is_quantized(entry):
-                stored = {
-                    name: (E4M3, shape),
-                    scale_name(name): (torch.float32, scale_shape(shape)),
-                }
+            if fp8_form and is_quantized(entry):
+                scale = (fp8_form.scale_dtype, fp8_form.scale_shape(shape))
+                stored = {name: (E4M3, shape), fp8_form.scale_name(name): scale}
             else:
                 stored = {name: (torch.float32 if len(shape) == 1 else dtype, shape)}
             more = sum(_nbytes(*said) for said in stored.values())
@@ -273,7 +272,7 @@ def _reads(
 
 
 def _bands(
-    quantized: Sequence[Entry], layouts: dict[str, FileLayout], max_bytes: int
+    fp8_form: Form, quantized: Sequence[Entry], layouts: dict[str, FileLayout], max_bytes: int
 ) -> dict[str, list[Band]]:
     """The bands that each file is made of."""
     file_of = {name: file for file, layout in layouts.items() for name in layout.offsets}
@@ -284,7 +283,7 @@ def _bands(
             pieces[piece.hf].append(piece)
         for name, of_matrix in pieces.items():
             file = file_of[name]
-            plan[file].extend(bands(entry, name, of_matrix, layouts[file], max_bytes))
+            plan[file].extend(bands(fp8_form, entry, name, of_matrix, layouts[file], max_bytes))
     return plan
 
 

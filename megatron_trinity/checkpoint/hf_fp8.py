@@ -1,75 +1,22 @@
-"""An AfMoE directory in FP8: which matrices, under which names, and how they are written.
+"""Matrices of an AfMoE directory in FP8: read from a checkpoint by bands and written.
 
-The form is the one that transformers (`FineGrainedFP8Config`) and vLLM read: `NAME.weight` in e4m3
-beside `NAME.weight_scale_inv`. Quantised are the linear layers of attention, MLPs and experts.
+Quantised are the linear layers of attention, MLPs and experts; `fp8_forms` says as what.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_trinity.checkpoint.fp8 import (
-    BLOCK,
-    dequantize_blocks,
-    quantize_blocks,
-    scale_shape,
-)
+from megatron_trinity.checkpoint.fp8 import dequantize, quantize
+from megatron_trinity.checkpoint.fp8_forms import Form
 from megatron_trinity.checkpoint.hf_mapping import Entry, Piece
 from megatron_trinity.checkpoint.safetensors_files import FileLayout, write_from
 from megatron_trinity.checkpoint.slices import Slice, not_finite, overlaps, slices
 from megatron_trinity.checkpoint.torch_dist import TorchDistTensors
-from megatron_trinity.errors import TrinityError
-
-
-def is_quantized(entry: Entry) -> bool:
-    """Whether a tensor of the table is made of matrices that FP8 is for."""
-    return all(name.endswith("_proj.weight") for name in entry.hf)
-
-
-def scale_name(name: str) -> str:
-    """The name of the scales of a matrix."""
-    return f"{name}_scale_inv"
-
-
-def quantization_config(table: Iterable[Entry]) -> dict[str, Any]:
-    """What `config.json` says of the form, with the modules whose matrices stay as they are."""
-    kept = [
-        name.removesuffix(".weight")
-        for entry in table
-        if not is_quantized(entry)
-        for name, shape in entry.hf.items()
-        if len(shape) > 1
-    ]
-    return {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": kept,
-    }
-
-
-def refuse_partial_blocks(quantized: Iterable[Entry]) -> None:
-    """Refuse matrices that are not whole blocks.
-
-    vLLM refuses blocks that lie in two of the matrices that it merges (query, key and value; gate
-    and up), and transformers takes the size of a block to be that of the matrix over the number of
-    scales.
-
-    Raises:
-        TrinityError: there is one.
-    """
-    for entry in quantized:
-        for name, shape in entry.hf.items():
-            if any(size % BLOCK for size in shape):
-                raise TrinityError(
-                    f"{name} is {shape[0]} x {shape[1]}, and FP8 blocks need multiples of {BLOCK}; "
-                    "export it without --fp8"
-                )
 
 
 @dataclass(frozen=True)
@@ -77,6 +24,7 @@ class Band:
     """Whole blocks of rows of a Hugging Face matrix, where they come from and where they go.
 
     Attributes:
+        form: of the matrix.
         name: of the matrix.
         trinity: canonical name of the tensor that has its rows.
         sources: rows of that, in the order of the band.
@@ -84,6 +32,7 @@ class Band:
         scale_offset: of the scales in the file.
     """
 
+    form: Form
     name: str
     trinity: str
     sources: tuple[Slice, ...]
@@ -122,7 +71,12 @@ class Quantized:
 
 
 def bands(
-    entry: Entry, name: str, pieces: Iterable[Piece], layout: FileLayout, max_bytes: int
+    form: Form,
+    entry: Entry,
+    name: str,
+    pieces: Iterable[Piece],
+    layout: FileLayout,
+    max_bytes: int,
 ) -> Iterator[Band]:
     """Cut a matrix of `entry` into bands of at most `max_bytes` in fp32, but at least a block high.
 
@@ -137,14 +91,15 @@ def bands(
         key=lambda piece: piece.row,
     )
     shape = entry.hf[name]
-    scale_row_bytes = scale_shape(shape)[1] * torch.float32.itemsize
-    for part in slices(shape, torch.float32.itemsize, max_bytes, multiple=BLOCK):
+    scale_row_bytes = form.scale_shape(shape)[1] * form.scale_dtype.itemsize
+    for part in slices(shape, torch.float32.itemsize, max_bytes, multiple=form.rows):
         yield Band(
+            form,
             name,
             entry.trinity,
             tuple(Slice(source.hf_row, source.rows) for source in overlaps(turned, part)),
             layout.offsets[name] + part.row * shape[1],
-            layout.offsets[scale_name(name)] + part.row // BLOCK * scale_row_bytes,
+            layout.offsets[form.scale_name(name)] + part.row // form.rows * scale_row_bytes,
         )
 
 
@@ -159,12 +114,13 @@ def write_band(checkpoint: TorchDistTensors, band: Band, descriptor: int) -> Qua
     bad = not_finite(values)
     if bad:
         return Quantized(nonfinite=bad)
-    fp8, scale_inv = quantize_blocks(values)
+    block = band.form.block(tuple(values.shape))
+    fp8, scale = quantize(values, block, band.form.scale_dtype)
     write_from(descriptor, band.offset, fp8)
-    write_from(descriptor, band.scale_offset, scale_inv)
-    difference = dequantize_blocks(fp8, scale_inv).sub_(values)
+    write_from(descriptor, band.scale_offset, scale)
+    difference = dequantize(fp8, scale, block).sub_(values)
     return Quantized(
-        nbytes=fp8.nbytes + scale_inv.nbytes,
+        nbytes=fp8.nbytes + scale.nbytes,
         squared_error=_squared_norm(difference),
         squared_norm=_squared_norm(values),
     )

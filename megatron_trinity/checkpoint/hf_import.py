@@ -20,7 +20,7 @@ from megatron_trinity.checkpoint.hf_mapping import Entry
 from megatron_trinity.checkpoint.hf_source import HfDirectory, open_hf_directory
 from megatron_trinity.checkpoint.safetensors_files import DTYPES, StoredTensor, read_into
 from megatron_trinity.checkpoint.slices import not_finite, overlaps, slices
-from megatron_trinity.checkpoint.torch_dist import TRACKER
+from megatron_trinity.checkpoint.torch_dist import RELEASE
 from megatron_trinity.checkpoint.torch_dist_write import (
     TensorSlice,
     finish,
@@ -34,9 +34,7 @@ from megatron_trinity.data.manifest import refuse_existing
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.model.config import padded_vocab_size
 from megatron_trinity.progress import Progress, SilentProgress
-
-ITERATION = "release"
-"""Megatron's name for weights that no run has trained: it loads no optimizer with them."""
+from megatron_trinity.upstream.checkpoint_tracker import TRACKER
 
 CARRIED = "tokenizer"
 """Directory beside it with the tokenizer, the chat template and `generation_config.json`."""
@@ -107,7 +105,7 @@ def import_hf(
     """
     source = open_hf_directory(hf)
     assert source.dtype is not None
-    target = save / ITERATION
+    target = save / RELEASE
     if not overwrite:
         refuse_existing([save / TRACKER, target, save / CARRIED], "is not replaced")
     matrices = DTYPE_FLAGS[dtype] if dtype else source.dtype
@@ -115,7 +113,7 @@ def import_hf(
     files = list(_files(source, args.padded_vocab_size, matrices, memory_bytes // workers))
     needed = sum(piece.nbytes for file in files for piece, _ in file)
     with resumable_staging(target, _fingerprint(source, files), needed) as staging:
-        whole, carried = staging / ITERATION, staging / CARRIED
+        whole, carried = staging / RELEASE, staging / CARRIED
         for directory in (whole, carried):
             directory.mkdir(exist_ok=True)
         common, resolve = object_items(_objects(source, args))

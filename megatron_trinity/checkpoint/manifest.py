@@ -23,13 +23,15 @@ def write_manifest(directory: Path, known: Mapping[str, FileSum] = {}) -> None:
     """Declare the files of `directory` complete, in one step.
 
     Args:
-        known: sums of files that need not be read again, by name; the disk has these files.
+        known: sums of files that need not be read again, by their path inside of it; the disk has
+            these files.
 
     Raises:
         OSError: a file cannot be read, or the manifest not be written.
     """
     # Nor is what an interrupted attempt has left of the manifest.
-    names = sorted(path.name for path in directory.iterdir() if MANIFEST not in path.name)
+    paths = (path for path in directory.rglob("*") if path.is_file() and MANIFEST not in path.name)
+    names = sorted(str(path.relative_to(directory)) for path in paths)
     for name in names:
         if name not in known:
             sync(directory / name)
@@ -82,8 +84,9 @@ def strangers(directory: Path, files: Mapping[str, FileSum]) -> Iterator[str]:
 
     Megatron looks for some names, and would read what was put there.
     """
+    known = {Path(name).parts[0] for name in files}
     for path in sorted(directory.iterdir()):
-        if path.name not in files and path.name != MANIFEST and not path.name.startswith("."):
+        if path.name not in known and path.name != MANIFEST and not path.name.startswith("."):
             yield f"{path.name} was not saved with it"
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
-import warnings
 from argparse import Namespace
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -14,7 +14,9 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     MetadataIndex,
     TensorStorageMetadata,
@@ -22,13 +24,21 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_trinity.checkpoint.hf_mapping import Shape, row_count
-from megatron_trinity.checkpoint.safe_read import READ_ERRORS, read_common_state, read_metadata
 from megatron_trinity.checkpoint.safetensors_files import read_into
 from megatron_trinity.errors import TrinityError, root_cause
+from megatron_trinity.upstream.checkpoint_pickles import load_metadata, load_object
+from megatron_trinity.upstream.checkpoint_tracker import TRACKER
 
-TRACKER = "latest_checkpointed_iteration.txt"
+METADATA, CONFIG = ".metadata", "metadata.json"
+RELEASE = "release"
+"""Megatron's name for weights that no run has trained: it loads no optimizer with them."""
+
 OPTIMIZER_PREFIX = "optimizer."
 MOMENTUM = ".expert_bias_momentum"
+COMMON = "common_state/shard_0_1"
+"""Key of what all ranks have alike: arguments, iteration, schedule."""
+READ_ERRORS = (Exception, CheckpointException)
+"""Many kinds, from torch, pickle and the file system; torch's own is no subclass of Exception."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +57,13 @@ class _Run:
 
 
 class TorchDistTensors:
-    """The model's tensors in the directory of one iteration.
+    """The tensors, and the objects, in the directory of one iteration.
 
     Attributes:
         path: the directory.
         has_momentum: whether it holds SMEBU's momentum, which is state of training alone.
+        has_optimizer: whether it holds state of an optimizer.
+        places: file, offset and length of every chunk of a tensor and of every object.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,22 +74,67 @@ class TorchDistTensors:
         """
         self.path = path
         try:
-            metadata = read_metadata(path)
+            with open(path / METADATA, "rb") as stream:
+                metadata = load_metadata(stream)
+            entries = metadata.state_dict_metadata.items()
+            self.places: dict[MetadataIndex, Any] = metadata.storage_data
         except READ_ERRORS as error:
             raise unreadable(path, error) from error
-        tensors = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith(OPTIMIZER_PREFIX)
+        self._stored = {
+            k: entry for k, entry in entries if isinstance(entry, TensorStorageMetadata)
         }
-        self.has_momentum = any(key.endswith(MOMENTUM) for key in tensors)
-        self._stored = {key: tensors[key] for key in tensors if not key.endswith(MOMENTUM)}
-        self._places = metadata.storage_data
+        self._objects = [k for k, entry in entries if isinstance(entry, BytesStorageMetadata)]
+        self.has_optimizer = any(key.startswith(OPTIMIZER_PREFIX) for key in self._stored)
+        self.has_momentum = any(key.endswith(MOMENTUM) for key in self.model_state_keys())
         self._runs: dict[str, list[_Run]] = {}
+        self._begins: dict[MetadataIndex, int] = {}
+
+    def tensor_keys(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._stored)
+
+    def model_state_keys(self) -> list[str]:
+        """Names of the tensors that are no state of the optimizer, sorted."""
+        return [key for key in self.tensor_keys() if not key.startswith(OPTIMIZER_PREFIX)]
 
     def model_keys(self) -> list[str]:
         """Canonical names of the model's tensors, sorted."""
-        return sorted(self._stored)
+        return [key for key in self.model_state_keys() if not key.endswith(MOMENTUM)]
+
+    def object_keys(self) -> list[str]:
+        """Names of the objects that are no tensors, sorted."""
+        return sorted(self._objects)
+
+    def object(self, key: str) -> Any:
+        """Read an object that is no tensor.
+
+        Raises:
+            TrinityError: there is none, it cannot be read, or it is more than data.
+        """
+        content = self.object_bytes(key)
+        try:
+            return load_object(io.BytesIO(content))
+        except READ_ERRORS as error:
+            raise TrinityError(f"{self.path}: {key} cannot be read: {root_cause(error)}") from error
+
+    def object_bytes(self, key: str) -> bytes:
+        """The object in the form that it is stored in.
+
+        Raises:
+            TrinityError: there is none, or its file cannot be read.
+        """
+        try:
+            place = self.places[MetadataIndex(key)]
+            _refuse_extension(place)
+            with open(self.path / place.relative_path, "rb") as stream:
+                stream.seek(place.offset)
+                return stream.read(place.length)
+        except READ_ERRORS as error:
+            raise TrinityError(f"{self.path}: {key} cannot be read: {root_cause(error)}") from error
+
+    def chunks(self, key: str) -> list[ChunkStorageMetadata]:
+        """The boxes that a tensor is stored in."""
+        return list(self._entry(key).chunks)
 
     def shape(self, key: str) -> Shape:
         """Shape of a whole tensor."""
@@ -162,24 +219,36 @@ class TorchDistTensors:
         target = values[begin - row : end - row, run.column : run.column + run.columns]
         whole_rows = target.is_contiguous()
         read = target if whole_rows else torch.empty_like(target)
-        place = self._places[MetadataIndex(key, run.chunk.offsets)]
-        if place.transform_descriptors:
-            raise ValueError(f"{place.relative_path} is written with an extension")
-        with open(self.path / place.relative_path, "rb") as stream:
-            view = cast(IO[bytes], _create_file_view(stream, place.offset, place.length))
-            # Without its values, but with where they are: they need not all be read.
-            with self._without_values:
-                stored = torch.load(view, weights_only=True)
-            if tuple(stored.shape) != tuple(run.chunk.sizes) or stored.dtype != values.dtype:
-                raise ValueError(f"{place.relative_path} has another tensor in its place")
-            if not stored.is_contiguous():
-                raise ValueError(f"{place.relative_path} has it transposed")
-            skipped = (run.chunk_row + begin - run.row) * run.columns + stored.storage_offset()
-            offset = place.offset + stored.untyped_storage()._checkpoint_offset
-            read_into(stream.fileno(), offset + skipped * values.itemsize, read)
+        index = MetadataIndex(key, run.chunk.offsets)
+        with open(self.path / self.places[index].relative_path, "rb") as stream:
+            if index not in self._begins:
+                self._begins[index] = self._begin(stream, index, run.chunk, values.dtype)
+            skipped = (run.chunk_row + begin - run.row) * run.columns * values.itemsize
+            read_into(stream.fileno(), self._begins[index] + skipped, read)
         if not whole_rows:
             target.copy_(read)
         return target.numel()
+
+    def _begin(
+        self,
+        stream: io.BufferedReader,
+        index: MetadataIndex,
+        chunk: ChunkStorageMetadata,
+        dtype: Any,
+    ) -> int:
+        """Where in its file the values of a chunk begin."""
+        place = self.places[index]
+        _refuse_extension(place)
+        view = cast(IO[bytes], _create_file_view(stream, place.offset, place.length))
+        # Without its values, but with where they are: they need not all be read.
+        with self._without_values:
+            stored = torch.load(view, weights_only=True)
+        if tuple(stored.shape) != tuple(chunk.sizes) or stored.dtype != dtype:
+            raise ValueError(f"{place.relative_path} has another tensor in its place")
+        if not stored.is_contiguous():
+            raise ValueError(f"{place.relative_path} has it transposed")
+        offset = int(place.offset + stored.untyped_storage()._checkpoint_offset)
+        return offset + stored.storage_offset() * stored.itemsize
 
 
 class TorchDistCheckpoint(TorchDistTensors):
@@ -188,6 +257,7 @@ class TorchDistCheckpoint(TorchDistTensors):
     Attributes:
         args: the arguments that the run had.
         iteration: optimizer steps that the run had taken.
+        common: what Megatron saves beside tensors, those two among it.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -197,17 +267,30 @@ class TorchDistCheckpoint(TorchDistTensors):
             TrinityError: there is no checkpoint of a Trinity model, or it cannot be read.
         """
         super().__init__(find_iteration(Path(directory)))
+        if not (self.path / CONFIG).is_file():
+            raise TrinityError(f"{self.path} is no checkpoint that Megatron loads: no {CONFIG}")
+        self.common: dict[str, Any] = self._read_common()
         try:
-            with warnings.catch_warnings():
-                # One process is what is wanted here.
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                common = read_common_state(self.path)
+            self.args: Namespace = self.common["args"]
+            self.iteration: int = self.common["iteration"]
         except READ_ERRORS as error:
             raise unreadable(self.path, error) from error
-        self.args: Namespace = common["args"]
-        self.iteration: int = common["iteration"]
         if not hasattr(self.args, "num_dense_layers"):
             raise TrinityError(f"{self.path} is a checkpoint of another model, not of Trinity")
+
+    def _read_common(self) -> Any:
+        legacy = self.path / "common.pt"  # of older versions of megatron-core
+        if not legacy.is_file():
+            return self.object(COMMON)[0]
+        try:
+            return load_object(legacy)
+        except READ_ERRORS as error:
+            raise TrinityError(f"{legacy} cannot be read: {root_cause(error)}") from error
+
+
+def _refuse_extension(place: Any) -> None:
+    if place.transform_descriptors:
+        raise ValueError(f"{place.relative_path} is written with an extension")
 
 
 def unreadable(path: Path, error: BaseException) -> TrinityError:
@@ -221,13 +304,13 @@ def find_iteration(directory: Path) -> Path:
     Raises:
         TrinityError: there is none.
     """
-    if (directory / ".metadata").is_file():
+    if (directory / METADATA).is_file():
         return directory
     try:
         name = (directory / TRACKER).read_text().strip()
     except OSError as error:
         raise TrinityError(f"{directory} holds no checkpoint: {TRACKER} is not there") from error
     iteration = directory / (f"iter_{int(name):07d}" if name.isdigit() else name)
-    if not (iteration / ".metadata").is_file():
+    if not (iteration / METADATA).is_file():
         raise TrinityError(f"{directory / TRACKER} names {name}, but {iteration} is not whole")
     return iteration

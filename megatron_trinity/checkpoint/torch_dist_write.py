@@ -116,13 +116,22 @@ def finish(directory: Path, metadata: Any, results: list[list[WriteResult]]) -> 
     write_manifest(directory, sums_of(results))
 
 
-def object_items(objects: Mapping[str, Any]) -> tuple[list[WriteItem], Resolve]:
-    """Objects that are no tensors, by their keys, as Megatron stores them."""
-    items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects]
+def object_items(
+    objects: Mapping[str, Any], stored: Mapping[str, bytes] = {}
+) -> tuple[list[WriteItem], Resolve]:
+    """Objects that are no tensors, by their keys, as Megatron stores them.
+
+    Args:
+        stored: objects that are in that form already.
+    """
+    keys = (*objects, *stored)
+    items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in keys]
 
     def resolve(item: WriteItem) -> io.BytesIO:
-        stream = io.BytesIO()
-        torch.save([objects[item.index.fqn]], stream)
+        key = item.index.fqn
+        stream = io.BytesIO(stored.get(key, b""))
+        if key in objects:
+            torch.save([objects[key]], stream)
         return stream
 
     return items, resolve
@@ -139,7 +148,8 @@ def move_into_place(directory: Path, target: Path, replaced: Path, pointer: Path
         target.rename(replaced)
     directory.rename(target)
     with replacing(pointer) as stream:
-        stream.write(target.name)
+        number = target.name.removeprefix("iter_")
+        stream.write(str(int(number)) if number.isdigit() else target.name)
 
 
 def _writer(directory: Path) -> FileSystemWriter:

@@ -126,12 +126,14 @@ def run_units(
     staging: Path,
     workers: int,
     progress: Progress,
+    prepare: Callable[[], None] | None = None,
 ) -> list[Any]:
     """Do every unit that has no record yet; returns what each one gave, in order.
 
     Args:
         work: at the level of a module; does the job of a unit.
         workers: processes; with one, this process does it.
+        prepare: at the level of a module; another process calls it before it takes a unit.
 
     Raises:
         Exception: what a unit raised; the others are stopped.
@@ -152,16 +154,17 @@ def run_units(
     with progress:
         if workers == 1 or len(left) == 1:
             for unit in left:
-                counter = _Counter(done, progress)
+                counter = ByteCounter(done, progress)
                 finished(unit, work(unit.job, counter))
                 done = counter.done
         elif left:
-            _in_processes(work, left, min(workers, len(left)), done, progress, finished)
+            count = min(workers, len(left))
+            _in_processes(work, left, count, done, progress, finished, prepare)
     return [results[unit.name] for unit in units]
 
 
-class _Counter:
-    """A report of this process to its own display."""
+class ByteCounter:
+    """A report of this process to its own display, on top of `done` bytes."""
 
     def __init__(self, done: int, progress: Progress) -> None:
         self.done = done
@@ -179,11 +182,12 @@ def _in_processes(
     done_before: int,
     progress: Progress,
     finished: Callable[[Unit, Any], None],
+    prepare: Callable[[], None] | None,
 ) -> None:
     # Not forked: this process may have threads, which a copy of it would lack.
     context = multiprocessing.get_context("spawn")
     done, stop = context.Value("q", 0), context.Event()
-    with ProcessPoolExecutor(workers, context, _set_up_worker, (done, stop)) as pool:
+    with ProcessPoolExecutor(workers, context, _set_up_worker, (done, stop, prepare)) as pool:
         futures: dict[Future[Any], Unit] = {
             pool.submit(_work_in_worker, work, unit.job): unit for unit in units
         }
@@ -204,11 +208,13 @@ _done: Any
 _stop: Any
 
 
-def _set_up_worker(done: Any, stop: Any) -> None:
+def _set_up_worker(done: Any, stop: Any, prepare: Callable[[], None] | None) -> None:
     global _done, _stop
     _done, _stop = done, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and sets `stop`
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if prepare is not None:
+        prepare()
 
 
 def _end_with_parent() -> None:

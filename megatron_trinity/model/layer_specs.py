@@ -1,7 +1,9 @@
 """Which module sits where in a Trinity layer.
 
-Everything that differs between the portable modules and Transformer Engine's is in a backend,
-a `megatron.core.models.backends.BackendSpecProvider`; `trinity_block_spec` is the same for both.
+Everything that differs between the portable modules and Transformer Engine's is in a backend, a
+`megatron.core.models.backends.BackendSpecProvider`; `trinity_block_spec` is the same for both. So
+are the names in a checkpoint: where a backend has a norm and the linear layer behind it in one
+module, the gain is saved as if it were the norm's own.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ from functools import partial
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -31,6 +35,12 @@ from megatron_trinity.model.experts import EXPERT_SUBMODULES, GroupedExperts
 from megatron_trinity.model.layer import TrinityLayer
 from megatron_trinity.model.norm import PostNormAdd, TrinityRMSNorm
 from megatron_trinity.moe.router import TrinityRouter
+
+CANONICAL_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""In a layer: name of a fused norm's tensors, to that in a checkpoint."""
 
 
 class PortableBackend(LocalSpecProvider):
@@ -61,31 +71,37 @@ def trinity_block_spec(
         backend: where norms, linears, attention and experts come from.
         vp_stage, pp_rank: the stage; `pp_rank` defaults to this process's.
     """
+    norm = backend.layer_norm(rms_norm=True)
+    before_dense = IdentityOp if backend.fuse_layernorm_and_linear() else norm
     layer = {
-        0: _layer_spec(config, backend, _dense_mlp(backend)),
-        1: _layer_spec(config, backend, _moe(config, backend)),
+        0: _layer_spec(config, backend, _dense_mlp(backend), before_dense),
+        1: _layer_spec(config, backend, _moe(config, backend), norm),
     }
     return TransformerBlockSubmodules(
         layer_specs=[layer[config.moe_layer_freq[i]] for i in _stage(config, vp_stage, pp_rank)],
-        layer_norm=backend.layer_norm(rms_norm=True),
+        layer_norm=norm,
     )
 
 
 def _layer_spec(
-    config: TransformerConfig, backend: BackendSpecProvider, mlp: MlpBuilder
+    config: TransformerConfig,
+    backend: BackendSpecProvider,
+    mlp: MlpBuilder,
+    pre_mlp_layernorm: LayerNormBuilder,
 ) -> ModuleSpec:
+    fused = backend.fuse_layernorm_and_linear()
     norm = backend.layer_norm(rms_norm=True)
     qk_norm = backend.layer_norm(rms_norm=True, for_qk=True)
     post_norm_add = ModuleSpec(module=PostNormAdd, params={"config": config, "norm": norm})
     return ModuleSpec(
         module=TrinityLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=IdentityOp if fused else norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=backend.column_parallel_linear(),
+                    linear_qkv=_after_norm(backend),
                     core_attention=backend.core_attention(),
                     linear_proj=backend.row_parallel_linear(),
                     q_layernorm=qk_norm,
@@ -93,23 +109,32 @@ def _layer_spec(
                 ),
             ),
             self_attn_bda=post_norm_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=pre_mlp_layernorm,
             mlp=mlp,
             mlp_bda=post_norm_add,
+            sharded_state_dict_keys_map=CANONICAL_NAMES,
         ),
     )
 
 
-def _mlp_submodules(backend: BackendSpecProvider) -> MLPSubmodules:
+def _after_norm(backend: BackendSpecProvider) -> type:
+    """A column-parallel linear layer, with the norm in front of it where the backend fuses them."""
+    fused = backend.column_parallel_layer_norm_linear()
+    return (
+        fused if fused and backend.fuse_layernorm_and_linear() else backend.column_parallel_linear()
+    )
+
+
+def _mlp_submodules(backend: BackendSpecProvider, linear_fc1: type) -> MLPSubmodules:
     return MLPSubmodules(
-        linear_fc1=backend.column_parallel_linear(),
+        linear_fc1=linear_fc1,
         linear_fc2=backend.row_parallel_linear(),
         activation_func=backend.activation_func(),
     )
 
 
 def _dense_mlp(backend: BackendSpecProvider) -> MlpBuilder:
-    return partial(MLP.as_mlp_submodule, submodules=_mlp_submodules(backend))
+    return partial(MLP.as_mlp_submodule, submodules=_mlp_submodules(backend, _after_norm(backend)))
 
 
 def _moe(config: TransformerConfig, backend: BackendSpecProvider) -> MlpBuilder:
@@ -118,7 +143,10 @@ def _moe(config: TransformerConfig, backend: BackendSpecProvider) -> MlpBuilder:
         submodules=MoESubmodules(
             router=TrinityRouter,
             experts=backend.grouped_mlp_modules(config.moe_grouped_gemm),
-            shared_experts=partial(SharedExpertMLP, submodules=_mlp_submodules(backend)),
+            shared_experts=partial(
+                SharedExpertMLP,
+                submodules=_mlp_submodules(backend, backend.column_parallel_linear()),
+            ),
         ),
     )
 

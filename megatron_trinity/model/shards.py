@@ -84,6 +84,64 @@ def local_row(view: Tensor, parameter: Tensor) -> int:
     return int((view.storage_offset() - parameter.storage_offset()) // parameter.stride(0))
 
 
+@dataclass(frozen=True)
+class HeldPart:
+    """Rows of a tensor of a rank that are a box of a canonical tensor.
+
+    Attributes:
+        key: canonical name.
+        offset: where the box starts on every axis of the canonical tensor.
+        shape: of the box, without its leading axes.
+        row, rows: where it stands in the rank's tensor.
+    """
+
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    row: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter or buffer of a rank, and what it is made of.
+
+    Attributes:
+        shape: of the rank's tensor.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[HeldPart, ...]
+
+
+def held_tensors(model: MegatronModule, metadata: Mapping[str, Any]) -> dict[str, Held]:
+    """Name in the model's state dict to what each parameter and buffer of this rank is made of.
+
+    Args:
+        metadata: that a checkpoint is written with, which says which buffers it has.
+    """
+    entries = {
+        id(entry.data): entry for entry in _entries(model.sharded_state_dict(metadata={**metadata}))
+    }
+    return {
+        name: Held(
+            tuple(tensor.shape),
+            tuple(
+                HeldPart(
+                    part.key,
+                    tuple(part.global_offset),
+                    tuple(part.local_shape),
+                    local_row(part.data, tensor),
+                    part.local_shape[0],
+                )
+                for part in _sharded_tensors(entries[id(tensor)])
+            ),
+        )
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if id(tensor) in entries
+    }
+
+
 def model_shards(model: MegatronModule) -> Iterator[Shard]:
     """Every part of every tensor (parameters and persistent buffers) that `model` holds."""
     for tensor in _sharded_tensors(model.sharded_state_dict()):

@@ -14,6 +14,8 @@ from emerging_optimizers.orthogonalized_optimizers.muon_utils import (
 )
 from torch import Tensor
 
+from megatron_trinity.optimizer.symmetric import iterate_
+
 Coefficients = Sequence[tuple[float, float, float]]
 
 REPEAT_LAST = ("polar_express", "cans", "deepseekv4")
@@ -43,10 +45,13 @@ def newton_schulz(matrices: Tensor, steps: Coefficients, dtype: torch.dtype) -> 
         matrices: `[B, m, n]`, m at most n; overwritten where `dtype` is its own.
         steps: coefficients of each step.
         dtype: what the products are computed in; the norm is always that of `matrices`.
-    Returns: `[B, m, n]` in `dtype`.
+    Returns: `[B, m, n]` in `dtype`; each matrix as if it were the only one.
     """
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
     x = matrices.div_(norms.clamp_min_(EPS)).to(dtype)
+    if x.device.type == "cpu" and dtype == torch.float32:
+        iterate_(x, steps)
+        return x
     for a, b, c in steps:
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

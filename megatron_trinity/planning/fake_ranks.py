@@ -90,12 +90,21 @@ def parse_layout(preset: str, world_size: int, flags: Sequence[str]) -> Namespac
     Raises:
         UsageError: the trainer would refuse them.
     """
+    return parse_for_ranks(world_size, ["--preset", preset, *DEFAULT_FLAGS, *flags])
+
+
+def parse_for_ranks(world_size: int, words: Sequence[str]) -> Namespace:
+    """The same for a whole command line.
+
+    Raises:
+        UsageError: the trainer would refuse it.
+    """
     from megatron_trinity.arguments import parse_arguments
     from megatron_trinity.model.config import padded_vocab_size
 
     # Megatron prints every argument.
     with _environment(RANK="0", WORLD_SIZE=str(world_size)), _quiet():
-        args = parse_arguments(["--preset", preset, *DEFAULT_FLAGS, *flags])
+        args = parse_arguments(words)
     args.padded_vocab_size = padded_vocab_size(args)
     return args
 
@@ -149,9 +158,7 @@ def build_rank(args: Namespace, rank: int) -> BuiltRank:
         TrinityError: it does not build.
     """
     try:
-        with warnings.catch_warnings(), fake_groups(args, rank) as groups:
-            # Megatron repeats for every expert that expert tensor parallelism of 1 needs none.
-            warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`")
+        with fake_groups(args, rank) as groups:
             return _inspect(build_chunks(args, groups), groups, rank)
     except Exception as error:
         raise TrinityError(f"rank {rank} does not build: {root_cause(error)}") from error
@@ -190,7 +197,9 @@ def build_chunks(args: Namespace, groups: Any) -> list[Any]:
 
     builder = TrinityModelBuilder(model_config_from_args(args))
     virtual = args.virtual_pipeline_model_parallel_size
-    with torch.device("meta"):
+    with warnings.catch_warnings(), torch.device("meta"):
+        # Megatron repeats for every expert that expert tensor parallelism of 1 needs none.
+        warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`")
         return [
             builder.build_model(groups, vp_stage=stage if virtual else None)
             for stage in range(virtual or 1)

@@ -16,7 +16,7 @@ from megatron_trinity.checkpoint.candidates import (
     iterations,
     number_of,
 )
-from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_trinity.checkpoint.torch_dist import RELEASE, TorchDistCheckpoint
 from megatron_trinity.errors import TrinityError, UsageError
 
 SHOWN = 3
@@ -129,7 +129,12 @@ def _check_is_of_this_run(args: Namespace, checkpoint: TorchDistCheckpoint) -> N
             f"the checkpoint under {path.parent} is of another model: {'; '.join(differences)}; "
             "give the preset of that run, or another --load"
         )
-    if not (args.finetune or args.no_load_optim):
+    if not (args.finetune or args.no_load_optim or checkpoint.path.name == RELEASE):
+        if not checkpoint.has_optimizer:
+            raise UsageError(
+                f"the checkpoint under {path.parent} has no state of an optimizer; give "
+                "--no-load-optim to start without, or --finetune"
+            )
         there, here = _optimizer(saved), _optimizer(args)
         if there != here:
             raise UsageError(

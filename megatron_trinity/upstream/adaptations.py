@@ -187,6 +187,19 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         apply=_install("checkpoint_metadata"),
     ),
     Adaptation(
+        name="checkpoint-pickles",
+        symbols=(
+            "torch.distributed.checkpoint.filesystem.pickle",
+            "torch.distributed.checkpoint.default_planner.DefaultLoadPlanner.load_bytes",
+            "megatron.core.safe_globals.SAFE_GLOBALS",
+        ),
+        reason="loading a checkpoint executes what its pickles name",
+        written_for=_CORE,
+        remove_when="metadata and objects are read by restricted unpicklers",
+        when="always",
+        apply=_install("checkpoint_pickles"),
+    ),
+    Adaptation(
         name="checkpoint-failures",
         symbols=(
             "megatron.training.training.save_checkpoint",
@@ -292,16 +305,20 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         apply=_install("distributed_adam_steps"),
     ),
     Adaptation(
-        name="distributed-fp32-load",
+        name="adam-state",
         symbols=(
+            "megatron.core.optimizer.optimizer.ChainedOptimizer.sharded_state_dict",
+            "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
+            "megatron.core.optimizer.optimizer.FP32Optimizer.sharded_state_dict",
             "megatron.core.optimizer.distrib_optimizer"
-            ".DistributedOptimizer.load_parameter_state_from_dp_reshardable",
+            ".DistributedOptimizer.sharded_param_state_fully_reshardable",
+            "megatron.training.checkpointing._build_sharded_state_dict_metadata",
         ),
-        reason="an fp32 model's optimizer shards are loaded in place with gradients enabled",
+        reason="state of Adam is saved in a form of its layout, sharding and precision",
         written_for=_CORE,
-        remove_when="load_parameter_state_from_dp_reshardable runs under torch.no_grad",
+        remove_when="ChainedOptimizer.sharded_state_dict is the same for every optimizer in it",
         when="always",
-        apply=_install("distributed_fp32_load"),
+        apply=_install("adam_state"),
     ),
     Adaptation(
         name="norm-recompute",

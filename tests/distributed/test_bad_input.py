@@ -161,6 +161,24 @@ def test_a_checkpoint_of_another_optimizer(
     assert ranks.run(run_trainer, without, world_size=1) == [0]
 
 
+def test_a_checkpoint_without_optimizer_state(ranks: RankPools, data: Path, tmp_path: Path) -> None:
+    flags = saving_flags(data, tmp_path / "run", "--train-iters", "1")
+    assert ranks.run(run_trainer, [*flags, "--no-save-optim"], world_size=1) == [0]
+    check(run_refused(ranks, flags), 2, "has no state of an optimizer", "--no-load-optim")
+
+
+def test_a_checkpoint_that_would_execute_something(
+    ranks: RankPools, data: Path, tmp_path: Path
+) -> None:
+    flags = saving_flags(data, tmp_path / "run", "--train-iters", "1")
+    assert ranks.run(run_trainer, flags, world_size=1) == [0]
+    trace = tmp_path / "executed"
+    payload = f"cos\nmkdir\n(V{trace}\ntR.".encode()
+    (tmp_path / "run" / "iter_0000001" / ".metadata").write_bytes(payload)
+    check(run_refused(ranks, flags), 1, "cannot be read", "names os.mkdir", "nothing was executed")
+    assert not trace.exists()
+
+
 def test_a_schedule_that_has_changed(ranks: RankPools, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = saving_flags(data, run, "--train-iters", "1")

@@ -10,16 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_trinity.checkpoint.fp8 import (
-    BLOCK,
-    E4M3,
-    dequantize_blocks,
-    quantize_blocks,
-    scale_shape,
-)
+from megatron_trinity.checkpoint.fp8 import E4M3, dequantize, quantize, scale_shape
 
 Numbers = NDArray[np.float64]
 SHAPES = [(128, 128), (256, 384), (1, 1), (130, 5), (300, 257), (127, 129)]
+SQUARE = (128, 128)
+ROW = (1, 0)
+"""Stands for one row with all columns of a matrix."""
+
+
+def block_of(block: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+    return block[0], block[1] or shape[1]
 
 
 def e4m3_table() -> Numbers:
@@ -46,14 +47,17 @@ def rounded(values: Numbers) -> Numbers:
     return nearest
 
 
-def by_loop(matrix: Tensor) -> tuple[Numbers, NDArray[np.float32]]:
+def by_loop(matrix: Tensor, block: tuple[int, int]) -> tuple[Numbers, NDArray[np.float32]]:
     source = matrix.float().numpy()
-    rows, columns = source.shape
+    (rows, columns), (down, across) = source.shape, block
     values = np.zeros(source.shape)
-    scales = np.zeros((math.ceil(rows / 128), math.ceil(columns / 128)), dtype=np.float32)
+    scales = np.zeros((math.ceil(rows / down), math.ceil(columns / across)), dtype=np.float32)
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
-            box = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+            box = (
+                slice(down * i, down * i + down),
+                slice(across * j, across * j + across),
+            )
             largest = np.abs(source[box]).max()
             scales[i, j] = largest / np.float32(448) if largest > 0 else 1
             quotients = source[box] / scales[i, j]
@@ -74,51 +78,84 @@ def test_the_format_is_the_tables() -> None:
     assert TABLE.max() == 448
 
 
+def spread(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
+    """The scale of each value, in fp32."""
+    wide = scale.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return wide[: shape[0], : shape[1]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [SQUARE, ROW, (3, 50)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_is_what_a_loop_over_blocks_gives(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_it_is_what_a_loop_over_blocks_gives(
+    shape: tuple[int, int], block: tuple[int, int], dtype: torch.dtype
+) -> None:
     matrix = noise(*shape).to(dtype)
-    values, scales = by_loop(matrix)
-    fp8, scale_inv = quantize_blocks(matrix)
-    assert (fp8.dtype, scale_inv.dtype) == (E4M3, torch.float32)
+    block = block_of(block, shape)
+    values, scales = by_loop(matrix, block)
+    fp8, scale = quantize(matrix, block)
+    assert (fp8.dtype, scale.dtype) == (E4M3, torch.float32)
     assert fp8.is_contiguous()
-    assert scale_inv.shape == scale_shape(shape) == scales.shape
-    assert np.array_equal(scale_inv.numpy(), scales)
+    assert scale.shape == scale_shape(shape, block) == scales.shape
+    assert np.array_equal(scale.numpy(), scales)
     assert np.array_equal(fp8.double().numpy(), values)
-    found = dequantize_blocks(fp8, scale_inv)
-    spread = scales.repeat(BLOCK, axis=0).repeat(BLOCK, axis=1)[: shape[0], : shape[1]]
+    found = dequantize(fp8, scale, block)
     assert found.dtype == torch.float32
-    assert np.array_equal(found.numpy(), values.astype(np.float32) * spread)
+    assert torch.equal(found, torch.from_numpy(values).float() * spread(scale, block, found.shape))
 
 
-def assert_within_e4m3(found: Tensor, source: Tensor, scale_inv: Tensor) -> None:
+@pytest.mark.parametrize("shape", [(7, 5), (2, 64), (1, 1)])
+def test_a_block_of_a_row_has_a_scale_a_row(shape: tuple[int, int]) -> None:
+    assert scale_shape(shape, block_of(ROW, shape)) == (shape[0], 1)
+
+
+def assert_within_e4m3(
+    found: Tensor, source: Tensor, scale: Tensor, block: tuple[int, int]
+) -> None:
     """Each value is at most half a step away.
 
     Between 2^e and 2^(e+1) steps are 2^(e-3): half of one is 1/17 of the value that lies half a
     step above 2^e, and less of any other. Below 2^-6, in units of the scale, steps are 2^-9. The
     division and the multiplication by the scale round as fp32 does.
     """
-    rows, columns = source.shape
-    spread = scale_inv.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:rows, :columns]
     exact = source.double()
-    allowed = torch.maximum(exact.abs() / 17, spread.double() * 2**-10)
+    smallest = spread(scale, block, source.shape).double() * 2**-10
+    allowed = torch.maximum(exact.abs() / 17, smallest)
     rounding = exact.abs() * 2**-22
     assert ((found.double() - exact).abs() <= allowed + rounding).all()
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [SQUARE, ROW], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_no_value_is_further_away_than_half_a_step(shape: tuple[int, int]) -> None:
+def test_no_value_is_further_away_than_half_a_step(
+    shape: tuple[int, int], block: tuple[int, int], scale_dtype: torch.dtype
+) -> None:
     matrix = noise(*shape)
-    fp8, scale_inv = quantize_blocks(matrix)
-    assert_within_e4m3(dequantize_blocks(fp8, scale_inv), matrix, scale_inv)
+    block = block_of(block, shape)
+    fp8, scale = quantize(matrix, block, scale_dtype)
+    assert_within_e4m3(dequantize(fp8, scale, block), matrix, scale, block)
+
+
+def test_values_are_rounded_with_the_scale_as_it_is_stored() -> None:
+    matrix = noise(300, 257)
+    row = block_of(ROW, (300, 257))
+    _, exact = quantize(matrix, row)
+    fp8, scale = quantize(matrix, row, torch.bfloat16)
+    assert torch.equal(scale, exact.bfloat16())
+    assert (scale.float() < exact).any()
+    assert (scale.float() > exact).any()
+    quotients = (matrix / scale.float()).double().numpy()
+    assert np.abs(quotients).max() > 448
+    assert np.array_equal(fp8.double().numpy(), rounded(quotients))
 
 
 def test_half_a_step_is_reached() -> None:
     matrix = torch.tensor([[448.0, 17.0, -17.0, 1.5 * 2**-9, 2**-10]])
-    fp8, scale_inv = quantize_blocks(matrix)
-    assert scale_inv.item() == 1
+    fp8, scale = quantize(matrix, SQUARE)
+    assert scale.item() == 1
     assert fp8.float().tolist() == [[448, 16, -16, 2**-8, 0]]
-    assert_within_e4m3(dequantize_blocks(fp8, scale_inv), matrix, scale_inv)
+    assert_within_e4m3(dequantize(fp8, scale, SQUARE), matrix, scale, SQUARE)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -126,27 +163,28 @@ def test_half_a_step_is_reached() -> None:
 def test_the_largest_value_of_a_block_becomes_448(sign: int, largest: float) -> None:
     matrix = torch.full((200, 200), 1e-3 * largest)
     matrix[150, 17] = sign * largest
-    fp8, scale_inv = quantize_blocks(matrix)
+    fp8, scale = quantize(matrix, SQUARE)
     assert fp8[150, 17].item() == sign * 448
     assert fp8[0].float().tolist() == [448.0] * 200, "the other blocks have scales of their own"
     assert fp8.float().abs().max() == 448
-    assert_within_e4m3(dequantize_blocks(fp8, scale_inv), matrix, scale_inv)
+    assert_within_e4m3(dequantize(fp8, scale, SQUARE), matrix, scale, SQUARE)
 
 
 def test_a_block_of_zeros_has_the_scale_1() -> None:
     matrix = noise(256, 256)
     matrix[:128, 128:] = 0
-    fp8, scale_inv = quantize_blocks(matrix)
-    assert scale_inv[0, 1].item() == 1
-    found = dequantize_blocks(fp8, scale_inv)
+    fp8, scale = quantize(matrix, SQUARE)
+    assert scale[0, 1].item() == 1
+    found = dequantize(fp8, scale, SQUARE)
     assert torch.equal(found[:128, 128:], torch.zeros(128, 128))
-    assert (scale_inv != 1).sum() == 3
-    fp8, scale_inv = quantize_blocks(torch.zeros(3, 130))
-    assert scale_inv.tolist() == [[1.0, 1.0]]
+    assert (scale != 1).sum() == 3
+    fp8, scale = quantize(torch.zeros(3, 130), SQUARE)
+    assert scale.tolist() == [[1.0, 1.0]]
     assert not fp8.float().any()
 
 
 def test_values_too_small_for_a_scale_become_zeros() -> None:
-    fp8, scale_inv = quantize_blocks(torch.full((2, 2), 1e-44))
-    assert scale_inv.item() == torch.finfo(torch.float32).tiny
-    assert fp8.float().tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    for dtype in (torch.float32, torch.bfloat16):
+        fp8, scale = quantize(torch.full((2, 2), 1e-44), SQUARE, dtype)
+        assert scale.item() == torch.finfo(torch.float32).tiny
+        assert fp8.float().tolist() == [[0.0, 0.0], [0.0, 0.0]]

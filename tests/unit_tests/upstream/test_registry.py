@@ -44,10 +44,13 @@ FINGERPRINTS: dict[str, str] = {
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
     "._set_main_param_and_optimizer_states": "f078300380c9b3e5",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
-    ".load_parameter_state_from_dp_reshardable": "1aeb4fbdf2793d72",
-    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
     ".load_state_dict": "623633566a81bd56",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+    ".sharded_param_state_fully_reshardable": "5a4e15ccca0b413b",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict": "63da58a721daf861",
+    "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict": "779d9c0b2aca7168",
+    "megatron.core.optimizer.optimizer.ChainedOptimizer.sharded_state_dict": "882a4cd8674b9a9c",
+    "megatron.core.optimizer.optimizer.FP32Optimizer.sharded_state_dict": "d8fee0ea56a6562c",
     "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
     ".load_state_dict": "a803b63b0892ce1b",
     "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params"
