@@ -115,7 +115,8 @@ def sweep(directory: Path) -> None:
         OSError: it cannot be deleted.
     """
     for mark in directory.glob(f".iter_*{_SAVING}"):
-        if not is_interrupted(mark.with_name(mark.name[1 : -len(_SAVING)])):
+        iteration = mark.with_name(mark.name[1 : -len(_SAVING)])
+        if has_manifest(iteration) or not iteration.exists():
             mark.unlink()
     for path in directory.glob(f".iter_*{_DISCARDED}"):
         shutil.rmtree(path)
