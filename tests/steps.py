@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-Steps = dict[int, str]
-"""Iteration to its losses and its gradient norm, in hexadecimal."""
+from tests.trainer import run_trainer
 
 
 @contextmanager
@@ -34,8 +33,17 @@ def recording(file: Path) -> Iterator[None]:
         training.training_log = original
 
 
+def run_recorded(rank: int, world_size: int, flags: Sequence[str], file: Path) -> int:
+    """Train in this process, recording the steps; returns the exit code."""
+    with recording(file):
+        return run_trainer(rank, world_size, flags)
+
+
 def recorded(file: Path) -> list[tuple[int, str]]:
-    """The steps of all runs that were recorded into `file`, in their order."""
+    """The steps of all runs that were recorded into `file`, in their order.
+
+    Each has its iteration, and its losses and gradient norm in hexadecimal.
+    """
     if not file.exists():
         return []
     lines = [line.split(" ", 1) for line in file.read_text().splitlines() if line.count(" ") == 2]

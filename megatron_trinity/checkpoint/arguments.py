@@ -70,6 +70,12 @@ CHECKPOINT_REFUSALS: tuple[Refusal, ...] = (
         "nothing verifies; use --save-interval with --keep-last-checkpoints",
     ),
     Refusal(
+        "convert-format",
+        lambda a: a.ckpt_convert_format,
+        "--ckpt-convert-format makes checkpoints that nothing verifies, from a run that does not "
+        "train; leave it out, and use --ckpt-format torch_dist, which any layout loads",
+    ),
+    Refusal(
         "integrity",
         lambda a: a.verify_integrity,
         "--verify-integrity has rank 0 read every checkpoint again; each has a manifest with "

@@ -18,7 +18,7 @@ LAST_OF_MEGATRON = CONFIG
 """The last file that Megatron itself writes into an iteration."""
 
 _NAME = re.compile(r"iter_\d{7,}|release")
-_DISCARDED = ".discarded"
+_DISCARDED, _SAVING = ".discarded", ".saving"
 
 
 def number_of(iteration: Path) -> int:
@@ -43,6 +43,30 @@ def has_manifest(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
+def mark_interrupted(path: Path) -> None:
+    """Have an iteration count as interrupted until it has a manifest.
+
+    Raises:
+        OSError: the mark cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _mark(path).touch()
+
+
+def is_interrupted(path: Path) -> bool:
+    """Whether training has begun to save an iteration, and has not saved it to the end."""
+    return _mark(path).exists() and not has_manifest(path)
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether no checkpoint was ever saved to the end in a directory, nor put there."""
+    return not (directory / TRACKER).exists() and all(map(is_interrupted, iterations(directory)))
+
+
+def _mark(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_SAVING}")
+
+
 def superfluous(directory: Path, last: int | None, every: int | None) -> list[Path]:
     """What is to be deleted after a save.
 
@@ -51,9 +75,9 @@ def superfluous(directory: Path, last: int | None, every: int | None) -> list[Pa
         every: whole iterations that this divides are kept as well.
 
     Returns:
-        Whole iterations that neither argument keeps, and what interrupted saves have left that are
-        older than the newest whole one. Never `release`, a symbolic link, or an iteration that
-        Megatron has finished without a manifest: another program wrote that.
+        Whole iterations that neither argument keeps, and interrupted ones that are older than the
+        newest whole one. Never `release`, a symbolic link, or what another program has saved
+        without a manifest.
     """
     found = [path for path in iterations(directory) if path.name != RELEASE]
     whole = [path for path in found if has_manifest(path)]
@@ -63,9 +87,7 @@ def superfluous(directory: Path, last: int | None, every: int | None) -> list[Pa
     return [
         path
         for path in older
-        if path not in kept
-        and not path.is_symlink()
-        and (path in whole or not (path / LAST_OF_MEGATRON).exists())
+        if path not in kept and not path.is_symlink() and (path in whole or is_interrupted(path))
     ]
 
 
@@ -87,11 +109,14 @@ def discard(path: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Delete what interrupted deletions have left.
+    """Delete what interrupted deletions have left, and marks; while no save is in progress.
 
     Raises:
         OSError: it cannot be deleted.
     """
+    for mark in directory.glob(f".iter_*{_SAVING}"):
+        if not is_interrupted(mark.with_name(mark.name[1 : -len(_SAVING)])):
+            mark.unlink()
     for path in directory.glob(f".iter_*{_DISCARDED}"):
         shutil.rmtree(path)
 
@@ -130,6 +155,8 @@ def _pointer_fault(pointer: Path) -> str | None:
 def _fault(path: Path, asked_for: bool) -> str | None:
     if not path.is_dir():
         return "it is not there"
+    if is_interrupted(path):
+        return "its save was interrupted"
     if asked_for and not has_manifest(path):
         return _incomplete(path)
     try:

@@ -12,10 +12,18 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.training.utils import print_rank_0
 
-from megatron_trinity.checkpoint.candidates import discard, has_manifest, superfluous, sweep
+from megatron_trinity.checkpoint.candidates import (
+    discard,
+    has_manifest,
+    iterations,
+    mark_interrupted,
+    superfluous,
+    sweep,
+)
 from megatron_trinity.checkpoint.manifest import faults, read_manifest, write_manifest
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.training.resume import candidates, refuse_skipped, unusable
+from megatron_trinity.upstream.checkpoint_failures import REMEDY, what_failed
 from megatron_trinity.upstream.checkpoint_sums import take_sums
 
 Candidate = tuple[Path, str | None]
@@ -35,14 +43,15 @@ class WholeCheckpoints:
 
     def before_save(self, directory: Path) -> None:
         """Remove what another run has left where this one is about to write."""
-        if directory.is_symlink() or directory.exists():
-            try:
+        try:
+            mark_interrupted(directory)
+            if directory.is_symlink() or directory.exists():
                 discard(directory)
-            except OSError as error:
-                raise TrinityError(
-                    f"{directory} cannot be removed to save it anew: {error}; remove it, or give "
-                    "another --save"
-                ) from error
+        except OSError as error:
+            raise TrinityError(
+                f"{directory} cannot be saved: {what_failed(error, str(directory.parent))}; "
+                f"{REMEDY}"
+            ) from error
 
     def before_pointer(self, directory: Path) -> None:
         """Write the manifest, from sums that the writers of the files have computed."""
@@ -51,11 +60,10 @@ class WholeCheckpoints:
     def after_pointer(self, directory: Path) -> None:
         """Delete the checkpoints that are not to be kept."""
         last, every = self._args.keep_last_checkpoints, self._args.keep_every_iterations
-        if last is None and every is None:
-            return
         try:
-            for path in superfluous(directory.parent, last, every):
-                discard(path)
+            if last is not None or every is not None:
+                for path in superfluous(directory.parent, last, every):
+                    discard(path)
             sweep(directory.parent)
         except OSError as error:  # the run needs none of them
             print_rank_0(f"WARNING: an old checkpoint could not be deleted: {error}")
@@ -80,6 +88,9 @@ class WholeCheckpoints:
             skipped.append(f"{path}: {fault}")
             print_rank_0(f"WARNING: skipped {skipped[-1]}")
         refuse_skipped(self._args, skipped)
+        if self._args.load is not None:
+            for path in iterations(Path(self._args.load)):
+                print_rank_0(f"WARNING: skipped {path}: its save was interrupted; nothing is lost")
         return None
 
     def _fault(self, path: Path) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from megatron.training.utils import warn_rank_0
 from megatron_trinity.checkpoint.candidates import (
     examine,
     has_manifest,
+    is_empty,
     iterations,
     number_of,
 )
@@ -70,13 +70,14 @@ def check_checkpoint(args: Namespace) -> Path | None:
 
 
 def candidates(args: Namespace) -> Iterator[tuple[Path, str | None]]:
-    """What the run may load, and what is wrong with it or None; see `examine`."""
+    """What the run may load, and what is wrong with it or None; see `examine`.
+
+    Nothing where no checkpoint is: a run that was killed in its first save starts anew.
+    """
     for directory in (args.load, args.pretrained_checkpoint):
-        if directory is not None:
-            found = examine(Path(directory), args.ckpt_step)
-            first = next(found, None)
-            if first is not None:
-                return itertools.chain([first], found)
+        named = args.ckpt_step is not None
+        if directory is not None and (named or not is_empty(Path(directory))):
+            return examine(Path(directory), args.ckpt_step)
     return iter(())
 
 

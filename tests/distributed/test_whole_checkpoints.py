@@ -9,7 +9,8 @@ import io
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +306,7 @@ def test_a_save_path_that_is_not_writable(
 def test_what_is_kept(ranks: RankPools, folder: Path, run: Path, background: list[str]) -> None:
     """Of 1, 2, 3 (broken) and 4: the newest, and what 2 divides; and no leftovers of others."""
     (run / NEWEST / MANIFEST).unlink()
-    (run / NEWEST / "metadata.json").unlink()
+    (run / f".{NEWEST}.saving").touch()
     (run / ".iter_0000000.discarded").mkdir()
     keep = ["--keep-last-checkpoints", "1", "--keep-every-iterations", "2"]
     before = listing(run)
@@ -346,4 +347,39 @@ def test_a_disk_that_fills_up(
     assert [number for number, _ in steps] == list(range(start, STEPS + 1))
     if world_size == 1:
         assert steps == recorded(folder / "steps")[start - 1 :]
+    assert (run / POINTER).read_text() == str(STEPS)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two and a half checkpoints."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=13m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("background", [[], ["--async-save"]])
+def test_a_disk_that_is_full(
+    ranks: RankPools, folder: Path, small_disk: Path, tmp_path: Path, background: list[str]
+) -> None:
+    run = small_disk / "run"
+    flags = [*flags_of(folder, run), *background]
+    code, error, _ = ranks.run(train, flags, world_size=1)[0]
+    assert code == 1
+    assert f"the disk of {run} is full" in error
+    for number in (1, 2):
+        check_whole(run / f"iter_{number:07d}", checksums=True)
+    assert not (run / NEWEST / MANIFEST).exists()
+
+    code, error, _ = ranks.run(train, flags, world_size=1)[0]  # full at its start
+    assert code == 1
+    assert f"the disk of {run} is full" in error
+    subprocess.run(["mount", "-o", "remount,size=99m", str(small_disk)], check=True)
+    outcome = ranks.run(train, flags, tmp_path / "steps", world_size=1)[0]
+    assert outcome[:2] == (0, "")
+    assert recorded(tmp_path / "steps") == recorded(folder / "steps")[2:]
     assert (run / POINTER).read_text() == str(STEPS)

@@ -128,6 +128,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "keep-every": [{"keep_every_iterations": 5, "save_interval": 10}],
     "retain-interval": [{"save_retain_interval": 10}],
     "non-persistent": [{"non_persistent_ckpt_type": "global"}, {"non_persistent_save_interval": 1}],
+    "convert-format": [{"ckpt_convert_format": "torch"}],
     "integrity": [{"verify_integrity": True}],
     "storage-client": [{"enable_msc": True}],
     "async-format": [{"async_save": True, "ckpt_format": "torch", "optimizer": "adam"}],

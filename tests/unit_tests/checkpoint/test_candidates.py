@@ -11,12 +11,15 @@ import pytest
 from megatron_trinity.checkpoint.candidates import (
     discard,
     examine,
+    is_empty,
     iterations,
+    mark_interrupted,
     number_of,
     superfluous,
     sweep,
 )
 from megatron_trinity.checkpoint.manifest import MANIFEST, write_manifest
+from megatron_trinity.upstream.checkpoint_tracker import TRACKER
 
 
 def save(directory: Path, *numbers: int) -> None:
@@ -29,6 +32,7 @@ def save(directory: Path, *numbers: int) -> None:
 
 def interrupt(directory: Path, *numbers: int) -> None:
     for number in numbers:
+        mark_interrupted(directory / f"iter_{number:07d}")
         (directory / f"iter_{number:07d}").mkdir()
 
 
@@ -56,7 +60,10 @@ def test_whole_ones_come_without_a_fault(tmp_path: Path) -> None:
     assert list(found) == ["iter_0000006", "iter_0000004", "iter_0000002"]
     assert found["iter_0000002"] is None
     assert "0 bytes in place of 11" in str(found["iter_0000004"])
-    assert found["iter_0000006"] == f"has no {MANIFEST}: it was not saved to the end"
+    assert found["iter_0000006"] == "its save was interrupted"
+    (tmp_path / ".iter_0000006.saving").unlink()
+    fault = next(fault for _, fault in examine(tmp_path, None))
+    assert fault == f"has no {MANIFEST}: it was not saved to the end"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +87,7 @@ def test_what_is_not_ours_or_may_be_needed_stays(tmp_path: Path) -> None:
     """Links, `release`, what another program has finished, and all that is newer."""
     save(tmp_path, 6, 8)
     interrupt(tmp_path, 2, 4, 9)
-    (tmp_path / "iter_0000004" / "metadata.json").touch()
+    (tmp_path / ".iter_0000004.saving").unlink()  # of another program
     (tmp_path / "release").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "iter_0000003").symlink_to(tmp_path / "elsewhere")
@@ -89,6 +96,19 @@ def test_what_is_not_ours_or_may_be_needed_stays(tmp_path: Path) -> None:
     assert numbers(superfluous(tmp_path, 1, None)) == [2]
     (tmp_path / "iter_0000006" / MANIFEST).unlink()
     assert superfluous(tmp_path, 1, None) == []
+
+
+def test_where_nothing_was_saved_to_the_end_there_is_no_checkpoint(tmp_path: Path) -> None:
+    assert is_empty(tmp_path / "nowhere")
+    interrupt(tmp_path, 2, 4)
+    assert is_empty(tmp_path)
+    (tmp_path / TRACKER).write_text("2")
+    assert not is_empty(tmp_path)
+    (tmp_path / TRACKER).unlink()
+    (tmp_path / "iter_0000006").mkdir()  # nobody has marked it
+    assert not is_empty(tmp_path)
+    write_manifest(tmp_path / "iter_0000006")
+    assert not is_empty(tmp_path)
 
 
 def test_a_deletion_that_ends_halfway_leaves_no_candidate(
@@ -106,8 +126,15 @@ def test_a_deletion_that_ends_halfway_leaves_no_candidate(
     save(tmp_path, 4)
     discard(tmp_path / "iter_0000004")
     save(tmp_path, 4)
+    mark_interrupted(tmp_path / "iter_0000004")
+    interrupt(tmp_path, 3)
     sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000002", "iter_0000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".iter_0000003.saving",
+        "iter_0000002",
+        "iter_0000003",
+        "iter_0000004",
+    ]
 
 
 def test_of_a_link_the_link_goes(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import AfmoeForCausalLM
 
 from megatron_trinity.checkpoint.hf_config import flags_from_hf_config
 from megatron_trinity.checkpoint.hf_mapping import Experts, to_trinity
+from megatron_trinity.checkpoint.manifest import check_whole
 from tests.afmoe import random_tensors, write_afmoe
 from tests.distributed.pool import RankPools
 from tests.trinity import afmoe_config, build, parse
@@ -123,6 +124,7 @@ def test_little_memory_and_several_files_change_nothing(ranks: RankPools, tmp_pa
         "latest_checkpointed_iteration.txt",
         "release",
     ]
+    check_whole(tmp_path / "save" / "release", checksums=True)
 
 
 def test_what_transformers_saves_is_imported(ranks: RankPools, tmp_path: Path) -> None:
