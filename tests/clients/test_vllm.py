@@ -27,16 +27,27 @@ from tests.trinity import afmoe_config
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 VOCABULARY = 300
-# Whole blocks of 128 in every matrix that vLLM merges; both kinds of layers.
-CONFIG = afmoe_config(
-    vocab_size=VOCABULARY,
-    hidden_size=256,
-    intermediate_size=384,
-    moe_intermediate_size=128,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=32,
-)
+SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "head_dim": 32}
+CONFIGS = {
+    # Blocks of 128 fit into every matrix that vLLM merges.
+    "blocks": afmoe_config(
+        **SIZES,
+        hidden_size=256,
+        intermediate_size=384,
+        moe_intermediate_size=128,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    ),
+    # They fit into none.
+    "rows": afmoe_config(
+        **SIZES,
+        hidden_size=208,
+        intermediate_size=240,
+        moe_intermediate_size=112,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+}
 TEXT = "the sky over the harbour was grey, and def mean(values): return sum(values)\n" * 3
 PROMPTS = [
     [7, 31, 250, 11, 90, 42, 199, 64, 5, 120, 77, 288, 16],  # longer than the window of 7
@@ -46,35 +57,39 @@ PROMPTS = [
 TOKENS = 24
 TOLERANCE = 0.25
 """Of a log-probability in nats, where something computes in less than fp32."""
-EXPORTS: dict[str, dict[str, Any]] = {
-    "fp32": {"dtype": "fp32"},
-    "bf16": {"dtype": "bf16"},
-    "block": {"dtype": "bf16", "fp8": "block"},
-    "compressed-tensors": {"dtype": "bf16", "fp8": "compressed-tensors"},
+EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp32": ("blocks", {"dtype": "fp32"}),
+    "bf16": ("blocks", {"dtype": "bf16"}),
+    "fp8-blocks": ("blocks", {"dtype": "bf16", "fp8": "block"}),
+    "fp8-rows": ("rows", {"dtype": "bf16", "fp8": "compressed-tensors"}),
 }
+"""Name of a directory to the checkpoint it is of, and how it is exported."""
 
 
-def export_all(rank: int, world_size: int, hf: Path, root: Path, tokenizer: Path) -> None:
-    """A Megatron checkpoint of a directory, and each of `EXPORTS` of that."""
+def export_all(rank: int, world_size: int, root: Path) -> None:
+    """A Megatron checkpoint of each of `CONFIGS`, and `EXPORTS` of those."""
     from megatron_trinity.checkpoint.hf_export import export_hf
     from megatron_trinity.checkpoint.hf_import import import_hf
 
-    import_hf(hf, root / "save")
-    for name, options in EXPORTS.items():
-        export_hf(root / "save", root / name, tokenizer=tokenizer, **options)
+    for name in CONFIGS:
+        import_hf(root / name, root / f"megatron-{name}")
+    for name, (checkpoint, options) in EXPORTS.items():
+        load = root / f"megatron-{checkpoint}"
+        export_hf(load, root / name, tokenizer=root / "tokenizer", **options)
 
 
 @pytest.fixture(scope="module")
-def exports(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directories by the names of `EXPORTS`."""
+def root(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Has directories by the names of `CONFIGS`, in fp32, and by those of `EXPORTS`."""
     root = tmp_path_factory.mktemp("vllm")
     (root / "tokenizer").mkdir()
     save_tokenizer(train_tokenizer([TEXT], VOCABULARY), root / "tokenizer")
-    tensors = random_tensors(CONFIG, torch.float32)
-    # Logits far apart: with the small ones of random weights the next token is nearly a tie.
-    tensors["lm_head.weight"] *= 5
-    hf = write_afmoe(root / "hf", CONFIG, tensors)
-    ranks.run(export_all, hf, root, root / "tokenizer", world_size=1)
+    for name, config in CONFIGS.items():
+        tensors = random_tensors(config, torch.float32)
+        # Logits far apart: with the small ones of random weights the next token is nearly a tie.
+        tensors["lm_head.weight"] *= 5
+        write_afmoe(root / name, config, tensors)
+    ranks.run(export_all, root, world_size=1, timeout=300)
     return root
 
 
@@ -85,10 +100,10 @@ def model_of(directory: Path) -> AfmoeForCausalLM:
     ).eval()
 
 
-def dequantized_model(directory: Path, suffix: str, work: Path) -> AfmoeForCausalLM:
-    """In fp32, of a directory in FP8, whose scales are named so."""
-    tensors = dequantized(load_file(directory / "model.safetensors"), suffix)
-    return model_of(write_afmoe(work / "dequantized", CONFIG, tensors))
+def dequantized_model(root: Path, name: str, suffix: str, work: Path) -> AfmoeForCausalLM:
+    """In fp32, of one of `EXPORTS` in FP8, whose scales are named so."""
+    tensors = dequantized(load_file(root / name / "model.safetensors"), suffix)
+    return model_of(write_afmoe(work / "dequantized", CONFIGS[EXPORTS[name][0]], tensors))
 
 
 def logits_of(model: AfmoeForCausalLM, answer: Answer) -> Tensor:
@@ -118,16 +133,16 @@ def assert_varied(answers: Sequence[Answer]) -> None:
 
 
 def test_fp32_gives_the_tokens_of_transformers(
-    vllm_python: Path, exports: Path, tmp_path: Path
+    vllm_python: Path, root: Path, tmp_path: Path
 ) -> None:
     text = "the sky over the harbour"
-    with serve(vllm_python, exports / "fp32", tmp_path, "float32") as server:
+    with serve(vllm_python, root / "fp32", tmp_path, "float32") as server:
         answers = server.complete(PROMPTS, TOKENS)
         [of_text] = server.complete([text], TOKENS)
     assert_varied(answers)
-    tokenizer = AutoTokenizer.from_pretrained(exports / "fp32")
+    tokenizer = AutoTokenizer.from_pretrained(root / "fp32")
     assert list(of_text.prompt) == tokenizer(text).input_ids
-    model = model_of(exports / "fp32")
+    model = model_of(root / "fp32")
     for answer in (*answers, of_text):
         ids = torch.tensor([answer.prompt])
         found = model.generate(
@@ -159,31 +174,32 @@ def assert_further(answers: Sequence[Answer], logits: Sequence[Tensor], other: P
     assert 2 * apart.median() <= further.median()
 
 
-def test_bf16(vllm_python: Path, exports: Path, tmp_path: Path) -> None:
-    with serve(vllm_python, exports / "bf16", tmp_path, "bfloat16") as server:
+def test_bf16(vllm_python: Path, root: Path, tmp_path: Path) -> None:
+    with serve(vllm_python, root / "bf16", tmp_path, "bfloat16") as server:
         answers = server.complete(PROMPTS, TOKENS)
     assert_varied(answers)
-    model = model_of(exports / "bf16")
+    model = model_of(root / "bf16")
     assert_near(answers, [logits_of(model, answer) for answer in answers])
 
 
-def test_fp8_by_blocks(vllm_python: Path, exports: Path, tmp_path: Path) -> None:
-    with serve(vllm_python, exports / "block", tmp_path, "bfloat16") as server:
+def test_fp8_by_blocks(vllm_python: Path, root: Path, tmp_path: Path) -> None:
+    with serve(vllm_python, root / "fp8-blocks", tmp_path, "bfloat16") as server:
         answers = server.complete(PROMPTS, TOKENS)
     assert_varied(answers)
-    model = dequantized_model(exports / "block", "_scale_inv", tmp_path)
+    model = dequantized_model(root, "fp8-blocks", "_scale_inv", tmp_path)
     logits = [logits_of(model, answer) for answer in answers]
     assert_near(answers, logits)
-    assert_further(answers, logits, exports / "fp32")
+    assert_further(answers, logits, root / "blocks")
 
 
-def test_fp8_of_compressed_tensors(vllm_python: Path, exports: Path, tmp_path: Path) -> None:
-    directory = exports / "compressed-tensors"
+def test_fp8_of_compressed_tensors(vllm_python: Path, root: Path, tmp_path: Path) -> None:
+    directory = root / "fp8-rows"
     with serve(vllm_python, directory, tmp_path, "float32") as server:
         answers = server.complete(PROMPTS, TOKENS)
     assert_varied(answers)
     found = read_by_the_library(vllm_python, directory, answers, tmp_path)
-    for name, tensor in dequantized_model(directory, "_scale", tmp_path).state_dict().items():
+    model = dequantized_model(root, "fp8-rows", "_scale", tmp_path)
+    for name, tensor in model.state_dict().items():
         # transformers leaves experts in the type of their scales.
         assert torch.equal(found[name], tensor.to(found[name].dtype)), name
     logits = [
@@ -191,7 +207,7 @@ def test_fp8_of_compressed_tensors(vllm_python: Path, exports: Path, tmp_path: P
         for number, answer in enumerate(answers)
     ]
     assert_near(answers, logits)
-    assert_further(answers, logits, exports / "fp32")
+    assert_further(answers, logits, root / "rows")
 
 
 def read_by_the_library(

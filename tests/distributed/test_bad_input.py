@@ -174,8 +174,12 @@ def test_a_checkpoint_that_would_execute_something(
     assert ranks.run(run_trainer, flags, world_size=1) == [0]
     trace = tmp_path / "executed"
     payload = f"cos\nmkdir\n(V{trace}\ntR.".encode()
-    (tmp_path / "run" / "iter_0000001" / ".metadata").write_bytes(payload)
-    check(run_refused(ranks, flags), 1, "cannot be read", "names os.mkdir", "nothing was executed")
+    iteration = tmp_path / "run" / "iter_0000001"
+    (iteration / ".metadata").write_bytes(payload)
+    check(run_refused(ranks, flags), 1, ".metadata has", "is whole")
+    (iteration / "manifest.json").unlink()  # as one from elsewhere, which has none
+    named = [*flags, "--ckpt-step", "1"]
+    check(run_refused(ranks, named), 1, "names os.mkdir", "nothing was executed")
     assert not trace.exists()
 
 
