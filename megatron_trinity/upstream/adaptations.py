@@ -248,10 +248,12 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
             ".PersistentAsyncCaller.is_current_async_call_done",
             "megatron.core.dist_checkpointing.strategies.async_utils"
             ".PersistentAsyncCaller.async_loop",
+            "megatron.training.initialize.init_persistent_async_worker",
+            "megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue",
         ),
         reason="a save in the background has later values of CPU tensors, and waits without end",
         written_for=_CORE,
-        remove_when="the worker gets copies of CPU tensors, and its end is an error",
+        remove_when="the worker gets copies, is deaf to SIGTERM, and its end is an error",
         when="always",
         apply=_install("async_saves"),
     ),

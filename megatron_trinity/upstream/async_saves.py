@@ -3,20 +3,26 @@
 Reason: Megatron hands CPU tensors to its worker process as they are. Passing a tensor between
 processes moves it into shared memory, so the worker writes whatever training has made of it by
 then. A worker that has ended is waited for without end, and a worker is a new process that has none
-of the adaptations.
+of the adaptations. A scheduler sends SIGTERM to all processes of a job, and those that write the
+last checkpoint would be the first to end.
 Written for: megatron-core 0.19.2.
-Remove when: the worker gets copies of CPU tensors, and its end is an error.
+Remove when: the worker gets copies of CPU tensors, is deaf to SIGTERM, and its end is an error.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import multiprocessing
+import signal
 import time
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 from megatron_trinity.errors import TrinityError
 
 POLL = 0.1  # seconds
+PR_SET_PDEATHSIG = 1
 
 _loop: Any = None
 """Megatron's loop of the worker."""
@@ -30,6 +36,23 @@ def adapted_loop(*args: Any) -> None:
     _loop(*args)
 
 
+def end_with_parent() -> None:
+    """Have this process killed when the one that has started it ends, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _serve_quietly() -> None:
+    end_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def results_queue() -> Any:
+    """A queue for the results of writers in other processes, in a server process."""
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(initializer=_serve_quietly)
+    return manager.Queue()
+
+
 def stage(write_buckets: list[Any]) -> None:
     """Replace tensors on the CPU by copies, in place: nobody else has these."""
     for _, _, (_, tensors) in write_buckets:
@@ -39,12 +62,25 @@ def stage(write_buckets: list[Any]) -> None:
 
 
 def install() -> None:
-    """Wrap the scheduling of a save, the question whether it is done, and the worker's loop."""
+    """Wrap the worker's start and loop, the scheduling of a save, and whether it is done."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.training import initialize
 
     global _loop
+    start = initialize.init_persistent_async_worker
     schedule = PersistentAsyncCaller.schedule_async_call
     is_done = PersistentAsyncCaller.is_current_async_call_done
+
+    @functools.wraps(start)
+    def start_deaf(*args: Any, **kwargs: Any) -> None:
+        if filesystem_async._results_queue is None:
+            filesystem_async._results_queue = results_queue()
+        handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is started inherits it
+        try:
+            start(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
     @functools.wraps(schedule)
     def stage_and_schedule(self: Any, request: Any) -> None:
@@ -64,6 +100,7 @@ def install() -> None:
         return is_done(self, blocking, no_dist)
 
     _loop = PersistentAsyncCaller.async_loop
+    initialize.init_persistent_async_worker = start_deaf
     PersistentAsyncCaller.schedule_async_call = stage_and_schedule
     PersistentAsyncCaller.is_current_async_call_done = is_done_or_dead
     PersistentAsyncCaller.async_loop = staticmethod(adapted_loop)

@@ -175,6 +175,8 @@ def train_and_end(rank: int, world_size: int, flags: Sequence[str], how: str) ->
     write = writer.write_preloaded_data
 
     def write_slowly(*args: Any, **kwargs: Any) -> Any:
+        if how == "signal":
+            os.killpg(0, signal.SIGTERM)  # all processes of the rank, as a scheduler does
         time.sleep(0.5)
         if how == "full disk" and "iter_0000002" in str(kwargs["write_bucket"][0]):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -185,7 +187,7 @@ def train_and_end(rank: int, world_size: int, flags: Sequence[str], how: str) ->
 
     def step_and_end(*args: Any, **kwargs: Any) -> Any:
         if how == "signal" and rank == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.killpg(0, signal.SIGTERM)
         if how == "duration":
             training._TRAIN_START_TIME -= 60
         return step(*args, **kwargs)

@@ -10,26 +10,20 @@ Remove when: the worker needs no shared memory for tensors on the CPU.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
-import signal
 from collections.abc import Callable
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
+from megatron_trinity.upstream.async_saves import end_with_parent
 
 
 def fork_for_each_save(rank: int, mp_mode: str) -> None:
     """In the place of the start of Megatron's worker."""
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
-        get_write_results_queue,
-    )
     from megatron.training import async_utils
 
     async_utils._async_calls_queue = AsyncCallsQueue(persistent=False)
-    get_write_results_queue(mp_mode="fork")  # now, while the process has no groups
 
 
 def until_parent_ends(parent: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -37,7 +31,7 @@ def until_parent_ends(parent: int, function: Callable[..., Any], *args: Any, **k
 
     What goes on writing would write into what a restarted run saves.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if os.getppid() == parent:
         function(*args, **kwargs)
 
