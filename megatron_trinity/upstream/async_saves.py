@@ -41,7 +41,7 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _serve_quietly() -> None:
+def _serve_to_the_end() -> None:
     end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -49,7 +49,7 @@ def _serve_quietly() -> None:
 def results_queue() -> Any:
     """A queue for the results of writers in other processes, in a server process."""
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(initializer=_serve_quietly)
+    manager.start(initializer=_serve_to_the_end)
     return manager.Queue()
 
 
@@ -76,7 +76,8 @@ def install() -> None:
     def start_deaf(*args: Any, **kwargs: Any) -> None:
         if filesystem_async._results_queue is None:
             filesystem_async._results_queue = results_queue()
-        handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is started inherits it
+        # What is started inherits this, and not the trainer's handler if it is a new program.
+        handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             start(*args, **kwargs)
         finally:
