@@ -117,6 +117,14 @@ def test_a_worker_is_adapted(ranks: RankPools, tmp_path: Path) -> None:
     assert result == [(True, ["__0_0.distcp"])]
 
 
+def is_running(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
 def test_a_fork_ends_with_its_parent() -> None:
     """However that ends; else it would write into what the next start saves."""
     program = """if True:
@@ -135,9 +143,11 @@ def test_a_fork_ends_with_its_parent() -> None:
     assert ended.returncode == -signal.SIGKILL
     ready, child = ended.stdout.split()
     assert ready == b"ready"
-    # The pipe of its output has closed in time, so it has ended, or it is about to be reaped.
-    status = Path(f"/proc/{int(child)}/stat")
-    assert not status.exists() or status.read_text().split(")")[1].split()[0] == "Z"
+    # The pipe of its output has closed in time, so it has ended, or is about to.
+    deadline = time.monotonic() + 30
+    while is_running(int(child)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def dead_worker(rank: int, world_size: int) -> str:
