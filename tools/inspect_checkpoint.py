@@ -63,9 +63,11 @@ def main() -> None:
         raise UsageError(f"--json: {command.json.parent} is no directory")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
 
+    from megatron_trinity.checkpoint.allocator import return_freed_memory
     from megatron_trinity.upstream import adapt_megatron
 
     adapt_megatron()
+    return_freed_memory()
 
     from megatron_trinity.checkpoint.hf_files import write_json
     from megatron_trinity.checkpoint.inspect import inspect_checkpoint
