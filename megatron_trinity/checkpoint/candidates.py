@@ -27,10 +27,16 @@ def number_of(iteration: Path) -> int:
 
 
 def iterations(directory: Path) -> list[Path]:
-    """Directories of iterations, newest first, whole or not; `release` comes last."""
-    if not directory.is_dir():
-        return []
-    found = [path for path in directory.iterdir() if _is_named(path) and path.is_dir()]
+    """Directories of iterations, newest first, whole or not; `release` comes last.
+
+    Raises:
+        TrinityError: the directory cannot be read.
+    """
+    try:
+        paths = list(directory.iterdir()) if directory.is_dir() else []
+        found = [path for path in paths if _is_named(path) and path.is_dir()]
+    except OSError as error:
+        raise TrinityError(f"{directory} cannot be read: {error}") from error
     return sorted(found, key=lambda path: (path.name != RELEASE, number_of(path)), reverse=True)
 
 
@@ -115,7 +121,8 @@ def sweep(directory: Path) -> None:
         OSError: it cannot be deleted.
     """
     for mark in directory.glob(f".iter_*{_SAVING}"):
-        if not is_interrupted(mark.with_name(mark.name[1 : -len(_SAVING)])):
+        iteration = mark.with_name(mark.name[1 : -len(_SAVING)])
+        if has_manifest(iteration) or not iteration.exists():
             mark.unlink()
     for path in directory.glob(f".iter_*{_DISCARDED}"):
         shutil.rmtree(path)

@@ -116,6 +116,11 @@ def unusable(args: Namespace, path: Path) -> str | None:
     return None
 
 
+def _starts_anew(args: Namespace, path: Path) -> bool:
+    """Whether the run takes weights alone from what it loads, and begins at iteration 0."""
+    return bool(args.finetune or args.load is None or Path(args.load) != path.parent)
+
+
 def _check_is_of_this_run(args: Namespace, checkpoint: TorchDistCheckpoint) -> None:
     path = checkpoint.path
     saved = checkpoint.args
@@ -129,7 +134,7 @@ def _check_is_of_this_run(args: Namespace, checkpoint: TorchDistCheckpoint) -> N
             f"the checkpoint under {path.parent} is of another model: {'; '.join(differences)}; "
             "give the preset of that run, or another --load"
         )
-    if not (args.finetune or args.no_load_optim or checkpoint.path.name == RELEASE):
+    if not (_starts_anew(args, path) or args.no_load_optim or path.name == RELEASE):
         if not checkpoint.has_optimizer:
             raise UsageError(
                 f"the checkpoint under {path.parent} has no state of an optimizer; give "
@@ -156,10 +161,10 @@ def _check_writable(save: Path) -> None:
 
 def _check_nothing_newer(args: Namespace, chosen: Path | None) -> None:
     """Refuse to write older iterations beside newer ones of another run."""
-    goes_on = chosen is not None and chosen.parent == Path(args.save)
-    if goes_on and args.ckpt_step is None and not args.finetune:
+    goes_on = chosen is not None and not _starts_anew(args, chosen)
+    start = number_of(chosen) if chosen is not None and goes_on else 0
+    if goes_on and args.ckpt_step is None and Path(args.load) == Path(args.save):
         return  # whatever is newer there was skipped
-    start = 0 if chosen is None or args.finetune else number_of(chosen)
     newest = next(filter(has_manifest, iterations(Path(args.save))), None)
     if newest is not None and number_of(newest) > start:
         raise UsageError(

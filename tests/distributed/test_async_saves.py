@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from megatron_trinity.checkpoint.manifest import MANIFEST, check_whole
+from megatron_trinity.upstream.checkpoint_sums import take_sums
 from tests.distributed.pool import RankPools
 from tests.distributed.test_whole_checkpoints import (
     POINTER,
@@ -84,6 +87,57 @@ def saved_while_changed(rank: int, world_size: int, folder: Path, persistent: bo
 @pytest.mark.parametrize("persistent", [False, True])
 def test_values_are_those_of_the_moment(ranks: RankPools, tmp_path: Path, persistent: bool) -> None:
     assert ranks.run(saved_while_changed, tmp_path, persistent, world_size=1) == [True]
+
+
+def saved_by_a_new_process(rank: int, world_size: int, folder: Path) -> tuple[bool, list[str]]:
+    """Whether a worker that has imported everything itself saves, and the files that it summed."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+
+    tensors = {"a": ShardedTensor.from_rank_offsets("a", torch.arange(4.0), replica_id=rank)}
+    filesystem_async.get_write_results_queue("fork")
+    calls = async_utils.AsyncCallsQueue(persistent=True)
+    calls.warmup_persistent_caller(rank, mp_mode="spawn")
+    try:
+        request = dist_checkpointing.save(
+            tensors, str(folder), async_sharded_save=True, async_strategy="mcore"
+        )
+        calls.schedule_async_request(request)
+        calls.close()
+    finally:
+        filesystem_async._results_queue = None
+    read = dist_checkpointing.load(tensors, str(folder))
+    return torch.equal(read["a"], torch.arange(4.0)), list(take_sums(folder))
+
+
+@pytest.mark.slow
+def test_a_worker_is_adapted(ranks: RankPools, tmp_path: Path) -> None:
+    result = ranks.run(saved_by_a_new_process, tmp_path, world_size=1)
+    assert result == [(True, ["__0_0.distcp"])]
+
+
+def test_a_fork_ends_with_its_parent() -> None:
+    """However that ends; else it would write into what the next start saves."""
+    program = """if True:
+        import os, signal, time
+        from megatron_trinity.upstream.cpu.async_saves import until_parent_ends
+        parent = os.getpid()
+        child = os.fork()
+        if child == 0:
+            until_parent_ends(parent, lambda: (print("ready", flush=True), time.sleep(60)))
+        time.sleep(0.5)
+        print(child, flush=True)
+        os.kill(parent, signal.SIGKILL)
+    """
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, check=False, timeout=30)
+    assert ended.returncode == -signal.SIGKILL
+    ready, child = ended.stdout.split()
+    assert ready == b"ready"
+    # The pipe of its output has closed in time, so it has ended, or it is about to be reaped.
+    status = Path(f"/proc/{int(child)}/stat")
+    assert not status.exists() or status.read_text().split(")")[1].split()[0] == "Z"
 
 
 def dead_worker(rank: int, world_size: int) -> str:

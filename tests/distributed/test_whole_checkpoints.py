@@ -302,6 +302,19 @@ def test_a_save_path_that_is_not_writable(
     assert f"{tmp_path / 'file'} is not a writable directory" in error
 
 
+def test_pretrained_weights_are_verified_as_well(
+    ranks: RankPools, folder: Path, run: Path, tmp_path: Path
+) -> None:
+    _flip(run / NEWEST)
+    other = flags_of(folder, tmp_path / "other", "--pretrained-checkpoint", str(run))
+    outcome = ranks.run(train, other, world_size=1)[0]
+    assert outcome[:2] == (0, "")
+    (warning,) = warnings_of(outcome)
+    assert warning.startswith(f"WARNING: skipped {run / NEWEST}: ")
+    assert f"loading distributed checkpoint from {run} at iteration 2" in outcome[2]
+    assert (tmp_path / "other" / POINTER).read_text() == str(STEPS)
+
+
 @pytest.mark.parametrize("background", [[], ["--async-save"]])
 def test_what_is_kept(ranks: RankPools, folder: Path, run: Path, background: list[str]) -> None:
     """Of 1, 2, 3 (broken) and 4: the newest, and what 2 divides; and no leftovers of others."""
@@ -351,11 +364,12 @@ def test_a_disk_that_fills_up(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(folder: Path, tmp_path: Path) -> Iterator[Path]:
     """A file system of two and a half checkpoints."""
+    size = sum(path.stat().st_size for path in (folder / "whole" / NEWEST).iterdir()) * 5 // 2
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=13m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("mounting needs root")
     yield disk

@@ -96,6 +96,7 @@ class Campaign:
                 with contextlib.nullcontext() if ended else contextlib.suppress(RankError):
                     assert future.result() == [0] * self.world_size
             self._check(before, recorded(self._steps)[seen:])
+            self._check_nothing_lost(before, recorded(self._steps)[seen:])
             if ended:
                 assert newest_whole(self._run) == STEPS
                 shutil.rmtree(self._run)
@@ -117,6 +118,13 @@ class Campaign:
         for place, (number, values) in enumerate(steps):
             assert number == before + 1 + place, f"step {number} after {before} and {place} steps"
             assert values == self._reference[number], f"step {number} has other values"
+
+    def _check_nothing_lost(self, before: int, steps: list[tuple[int, str]]) -> None:
+        """When a step has ended, that before it is saved; in the background, that before this."""
+        unsaved = 2 if self.background else 1
+        last = steps[-1][0] if steps else before
+        newest = newest_whole(self._run)
+        assert newest >= max(before, last - unsaved), f"{newest} is whole, {before} was, of {last}"
 
     def _unfinished(self) -> set[tuple[Path, int]]:
         newest = newest_whole(self._run)

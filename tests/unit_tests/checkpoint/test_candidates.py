@@ -126,7 +126,8 @@ def test_a_deletion_that_ends_halfway_leaves_no_candidate(
     save(tmp_path, 4)
     discard(tmp_path / "iter_0000004")
     save(tmp_path, 4)
-    mark_interrupted(tmp_path / "iter_0000004")
+    mark_interrupted(tmp_path / "iter_0000004")  # interrupted behind its manifest
+    mark_interrupted(tmp_path / "iter_0000001")  # before its directory was made
     interrupt(tmp_path, 3)
     sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
