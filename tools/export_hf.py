@@ -81,9 +81,11 @@ def main() -> None:
             raise UsageError(f"--fp8-report: {args.fp8_report.parent} is no directory")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
 
+    from megatron_trinity.checkpoint.allocator import return_freed_memory
     from megatron_trinity.upstream import adapt_megatron
 
     adapt_megatron()
+    return_freed_memory()
 
     if args.verify and args.hf.exists() and not args.overwrite:
         print(f"{args.hf} is there already and is not written")

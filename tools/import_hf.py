@@ -60,9 +60,11 @@ def main() -> None:
         )
         return
 
+    from megatron_trinity.checkpoint.allocator import return_freed_memory
     from megatron_trinity.upstream import adapt_megatron
 
     adapt_megatron()
+    return_freed_memory()
 
     from megatron_trinity.checkpoint.hf_import import import_hf
     from megatron_trinity.progress import progress_for_terminal

@@ -63,9 +63,11 @@ def main() -> None:
         raise UsageError(f"--json: {command.json.parent} is no directory")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
 
+    from megatron_trinity.checkpoint.allocator import return_freed_memory
     from megatron_trinity.upstream import adapt_megatron
 
     adapt_megatron()
+    return_freed_memory()
 
     from megatron_trinity.checkpoint.hf_files import write_json
     from megatron_trinity.checkpoint.inspect import inspect_checkpoint
@@ -101,11 +103,11 @@ def main() -> None:
 
 def print_iterations(directory: Path) -> dict[str, str | None]:
     """Say which checkpoints there are beside each other, and what is wrong with them."""
-    from megatron_trinity.checkpoint.inspect import iterations
+    from megatron_trinity.checkpoint.inspect import iterations_of
     from megatron_trinity.checkpoint.torch_dist import METADATA
 
     run = directory.parent if (directory / METADATA).is_file() else directory
-    found = {one.name: one.fault for one in iterations(run)}
+    found = {one.name: one.fault for one in iterations_of(run)}
     rows = [(name, fault or "whole, by the sizes of its files") for name, fault in found.items()]
     print_table("in the directory", ("", ""), rows)
     return found

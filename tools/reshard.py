@@ -65,9 +65,11 @@ def main() -> None:
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
 
+    from megatron_trinity.checkpoint.allocator import return_freed_memory
     from megatron_trinity.upstream import adapt_megatron
 
     adapt_megatron()
+    return_freed_memory()
 
     from megatron_trinity.checkpoint.layout_args import parse_layout_text
     from megatron_trinity.checkpoint.reshard import reshard

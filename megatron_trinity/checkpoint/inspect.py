@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_trinity.checkpoint.candidates import iterations
 from megatron_trinity.checkpoint.hf_mapping import row_count
 from megatron_trinity.checkpoint.structure import manifest_faults, structure_faults
 from megatron_trinity.checkpoint.torch_dist import (
     METADATA,
     OPTIMIZER_PREFIX,
-    RELEASE,
     TorchDistCheckpoint,
     TorchDistTensors,
 )
@@ -151,15 +151,14 @@ def inspect_checkpoint(directory: Path, checksums: bool = False) -> Inspection:
     )
 
 
-def iterations(directory: Path) -> Iterator[Iteration]:
+def iterations_of(directory: Path) -> Iterator[Iteration]:
     """The checkpoints in a run's directory, oldest first."""
-    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-        if path.name == RELEASE or (path.is_dir() and path.name.startswith("iter_")):
-            if (path / METADATA).is_file():
-                fault = next(manifest_faults(path, checksums=False), None)
-            else:
-                fault = f"{METADATA} is missing"
-            yield Iteration(path.name, fault)
+    for path in reversed(iterations(directory)):
+        if (path / METADATA).is_file():
+            fault = next(manifest_faults(path, checksums=False), None)
+        else:
+            fault = f"{METADATA} is missing"
+        yield Iteration(path.name, fault)
 
 
 def group_of_parameter(key: str) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_trinity.checkpoint.allocator import return_freed_memory
 from megatron_trinity.errors import TrinityError, UsageError
 from megatron_trinity.progress import Progress
 
@@ -211,6 +212,7 @@ _stop: Any
 def _set_up_worker(done: Any, stop: Any, prepare: Callable[[], None] | None) -> None:
     global _done, _stop
     _done, _stop = done, stop
+    return_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and sets `stop`
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if prepare is not None:

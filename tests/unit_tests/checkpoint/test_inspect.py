@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from megatron_trinity.checkpoint.inspect import inspect_checkpoint, iterations
+from megatron_trinity.checkpoint.inspect import inspect_checkpoint, iterations_of
 from megatron_trinity.checkpoint.manifest import write_manifest
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.planning.parameters import total_parameters
@@ -168,13 +168,13 @@ def test_checkpoints_beside_each_other(tmp_path: Path) -> None:
     (tmp_path / "iter_0000004" / "__0_0.distcp").write_bytes(b"")
     (tmp_path / "iter_0000011").mkdir()
     (tmp_path / "tokenizer").mkdir()
-    found = {one.name: one.fault for one in iterations(tmp_path)}
+    found = {one.name: one.fault for one in iterations_of(tmp_path)}
     assert list(found) == ["iter_0000002", "iter_0000004", "iter_0000010", "iter_0000011"]
     assert found["iter_0000002"] is None
     assert str(found["iter_0000004"]).startswith("__0_0.distcp has 0 bytes in place of ")
     assert found["iter_0000010"] is None
     assert found["iter_0000011"] == ".metadata is missing"
-    assert list(iterations(tmp_path / "absent")) == []
+    assert list(iterations_of(tmp_path / "absent")) == []
 
 
 def test_the_command_line(
