@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,8 +19,16 @@ from megatron_trinity.checkpoint.fp8_forms import (
     refuse_partial_blocks,
 )
 from megatron_trinity.checkpoint.hf_config import hf_config_from_args
+from megatron_trinity.checkpoint.hf_export_parts import (
+    PartJob,
+    Read,
+    Target,
+    begin_file,
+    parts,
+    write_part,
+)
 from megatron_trinity.checkpoint.hf_files import write_configs, write_json
-from megatron_trinity.checkpoint.hf_fp8 import Band, Quantized, bands, write_band
+from megatron_trinity.checkpoint.hf_fp8 import Band, Quantized, bands
 from megatron_trinity.checkpoint.hf_mapping import (
     Entry,
     Experts,
@@ -39,45 +45,17 @@ from megatron_trinity.checkpoint.safetensors_files import (
     FileLayout,
     lay_out,
     read_header,
-    write_from,
 )
-from megatron_trinity.checkpoint.slices import Slice, not_finite, overlaps, slices
+from megatron_trinity.checkpoint.slices import overlaps, slices
 from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint, TorchDistTensors
-from megatron_trinity.checkpoint.units import Report, Unit, resumable_staging, run_units
+from megatron_trinity.checkpoint.units import Unit, resumable_staging, run_units
 from megatron_trinity.data.manifest import refuse_existing
-from megatron_trinity.errors import TrinityError, UsageError
+from megatron_trinity.errors import UsageError
 from megatron_trinity.progress import Progress, SilentProgress
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLICE_SHARE = 8
 """A process's memory has room for so many slices: what is read, converted and checked of one."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """Rows of a slice, and where in a file they go as rows of a Hugging Face tensor."""
-
-    name: str
-    dtype: torch.dtype
-    offset: int
-    row: int
-    rows: int
-
-
-Read = tuple[str, Slice, tuple[Target, ...]]
-"""Canonical name of a tensor, a slice of it, and where the slice goes."""
-
-
-@dataclass(frozen=True)
-class ShardJob:
-    """A safetensors file, and what of the checkpoint goes into it."""
-
-    iteration: Path
-    file: Path
-    layout: FileLayout
-    reads: tuple[Read, ...]
-    bands: tuple[Band, ...]
-    allow_nonfinite: bool
 
 
 @dataclass(frozen=True)
@@ -174,22 +152,16 @@ def export_hf(
         slice_bytes = memory_bytes // workers // SLICE_SHARE
         reads = _reads(checkpoint, plain, files, layouts, slice_bytes)
         banded = _bands(fp8_form, quantized, layouts, slice_bytes) if fp8_form else {}
-        units = [
-            Unit(
-                file,
-                sizes[file],
-                ShardJob(
-                    checkpoint.path,
-                    whole / file,
-                    layout,
-                    tuple(reads[file]),
-                    tuple(banded.get(file, ())),
-                    allow_nonfinite,
-                ),
-            )
-            for file, layout in layouts.items()
-        ]
-        outcomes = run_units(_write, units, staging, workers, show(needed))
+        units = []
+        for file, layout in layouts.items():
+            begin_file(whole / file, layout)
+            for number, items in enumerate(parts((*reads[file], *banded.get(file, ())))):
+                job = PartJob(checkpoint.path, whole / file, items, allow_nonfinite)
+                units.append(Unit(f"{file}.{number:05d}", job.nbytes, job))
+        outcomes = run_units(write_part, units, staging, workers, show(needed))
+        for file, layout in layouts.items():
+            if read_header(whole / file).keys() != layout.offsets.keys():
+                raise OSError(f"{whole / file} was not written whole")
         if len(files) > 1:
             weight_map = {name: file for file, shard in files.items() for name in shard}
             index = {"metadata": {"total_size": needed}, "weight_map": weight_map}
@@ -198,11 +170,13 @@ def export_hf(
             hf.rename(staging / "replaced")
         whole.rename(hf)
     nonfinite: Counter[str] = Counter()
-    fp8_errors: dict[str, float] = {}
-    for counted, errors in outcomes:
+    matrices: dict[str, Quantized] = defaultdict(Quantized)
+    for counted, rounded in outcomes:
         nonfinite += counted
-        fp8_errors |= errors
-    return Exported(needed, dict(nonfinite), fp8_errors)
+        for name, done in rounded.items():
+            matrices[name] += done
+    errors = {name: matrix.relative_error for name, matrix in matrices.items()}
+    return Exported(needed, dict(nonfinite), errors)
 
 
 def _nbytes(dtype: torch.dtype, shape: Shape) -> int:
@@ -264,10 +238,11 @@ def _reads(
                 file = file_of[piece.hf]
                 dtype, shape = files[file][piece.hf]
                 offset = layouts[file].offsets[piece.hf] + _nbytes(dtype, (piece.hf_row, shape[-1]))
-                target = Target(piece.hf, dtype, offset, piece.row, piece.rows)
+                nbytes = _nbytes(dtype, (piece.rows, shape[-1]))
+                target = Target(piece.hf, dtype, offset, piece.row, piece.rows, nbytes)
                 targets.setdefault(file, []).append(target)
             for file, found in targets.items():
-                plan[file].append((entry.trinity, part, tuple(found)))
+                plan[file].append(Read(entry.trinity, part, tuple(found)))
     return plan
 
 
@@ -285,38 +260,3 @@ def _bands(
             file = file_of[name]
             plan[file].extend(bands(fp8_form, entry, name, of_matrix, layouts[file], max_bytes))
     return plan
-
-
-@cache
-def _tensors(iteration: Path) -> TorchDistTensors:
-    return TorchDistTensors(iteration)
-
-
-def _write(job: ShardJob, report: Report) -> tuple[Counter[str], dict[str, float]]:
-    """Write one file; returns what is not finite and the errors of FP8, as `Exported` has them."""
-    checkpoint = _tensors(job.iteration)
-    nonfinite: Counter[str] = Counter()
-    matrices: dict[str, Quantized] = defaultdict(Quantized)
-    with open(job.file, "wb", buffering=0) as stream:
-        stream.write(job.layout.header)
-        for key, part, targets in job.reads:
-            values = checkpoint.rows(key, part.row, part.rows)
-            for target in targets:
-                rows = values[target.row : target.row + target.rows].to(target.dtype)
-                bad = not_finite(rows)
-                if bad:
-                    nonfinite[target.name] += bad
-                write_from(stream.fileno(), target.offset, rows)
-                report(rows.nbytes)
-        for band in job.bands:
-            done = write_band(checkpoint, band, stream.fileno())
-            matrices[band.name] += done
-            report(done.nbytes)
-        os.fsync(stream.fileno())
-    nonfinite.update({name: m.nonfinite for name, m in matrices.items() if m.nonfinite})
-    if nonfinite and not job.allow_nonfinite:
-        name, bad = next(iter(nonfinite.items()))
-        raise TrinityError(f"{name} has {bad} values that are not finite")
-    if read_header(job.file).keys() != job.layout.offsets.keys():
-        raise OSError(f"{job.file} was not written whole")
-    return nonfinite, {name: matrix.relative_error for name, matrix in matrices.items()}

@@ -5,6 +5,7 @@ Quantised are the linear layers of attention, MLPs and experts; `fp8_forms` says
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ class Band:
         sources: rows of that, in the order of the band.
         offset: of the values in the file.
         scale_offset: of the scales in the file.
+        nbytes: of values and scales.
     """
 
     form: Form
@@ -38,6 +40,7 @@ class Band:
     sources: tuple[Slice, ...]
     offset: int
     scale_offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,17 @@ class Quantized:
 
     Attributes:
         nonfinite: values that are not finite.
-        nbytes: written.
         squared_error: sum over the squared differences of the source and what stands for it.
         squared_norm: sum over the squares of the source.
     """
 
     nonfinite: int = 0
-    nbytes: int = 0
     squared_error: float = 0.0
     squared_norm: float = 0.0
 
     def __add__(self, other: Quantized) -> Quantized:
         return Quantized(
             self.nonfinite + other.nonfinite,
-            self.nbytes + other.nbytes,
             self.squared_error + other.squared_error,
             self.squared_norm + other.squared_norm,
         )
@@ -100,6 +100,7 @@ def bands(
             tuple(Slice(source.hf_row, source.rows) for source in overlaps(turned, part)),
             layout.offsets[name] + part.row * shape[1],
             layout.offsets[form.scale_name(name)] + part.row // form.rows * scale_row_bytes,
+            part.rows * shape[1] + math.ceil(part.rows / form.rows) * scale_row_bytes,
         )
 
 
@@ -120,7 +121,6 @@ def write_band(checkpoint: TorchDistTensors, band: Band, descriptor: int) -> Qua
     write_from(descriptor, band.scale_offset, scale)
     difference = dequantize(fp8, scale, block).sub_(values)
     return Quantized(
-        nbytes=fp8.nbytes + scale.nbytes,
         squared_error=_squared_norm(difference),
         squared_norm=_squared_norm(values),
     )

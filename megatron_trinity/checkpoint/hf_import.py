@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_trinity.checkpoint.hf_config import args_from_hf_config
 from megatron_trinity.checkpoint.hf_files import TOKENIZER_CONFIG, carry_over, files_to_carry
+from megatron_trinity.checkpoint.hf_import_files import FileJob, Source, write_import_file
 from megatron_trinity.checkpoint.hf_mapping import Entry
 from megatron_trinity.checkpoint.hf_source import HfDirectory, open_hf_directory
-from megatron_trinity.checkpoint.safetensors_files import DTYPES, StoredTensor, read_into
-from megatron_trinity.checkpoint.slices import not_finite, overlaps, slices
+from megatron_trinity.checkpoint.slices import overlaps, slices
 from megatron_trinity.checkpoint.torch_dist import RELEASE
 from megatron_trinity.checkpoint.torch_dist_write import (
     TensorSlice,
@@ -29,9 +27,8 @@ from megatron_trinity.checkpoint.torch_dist_write import (
     plan_files,
     write_file,
 )
-from megatron_trinity.checkpoint.units import Report, Unit, resumable_staging, run_units
+from megatron_trinity.checkpoint.units import Unit, resumable_staging, run_units
 from megatron_trinity.data.manifest import refuse_existing
-from megatron_trinity.errors import TrinityError
 from megatron_trinity.model.config import padded_vocab_size
 from megatron_trinity.progress import Progress, SilentProgress
 from megatron_trinity.upstream.checkpoint_tracker import TRACKER
@@ -42,27 +39,6 @@ CARRIED = "tokenizer"
 DTYPE_FLAGS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FILE_SHARE, SLICE_SHARE = 2, 16
 """A process's memory has room for so many files, and for so many slices."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Rows of a Hugging Face tensor that become rows of a slice."""
-
-    name: str
-    stored: StoredTensor
-    hf_row: int
-    row: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class FileJob:
-    """A file of the checkpoint: its slices, and what each of them is made of."""
-
-    directory: Path
-    plan: SavePlan
-    sources: dict[Any, tuple[Source, ...]]
-    allow_nonfinite: bool
 
 
 @dataclass(frozen=True)
@@ -127,7 +103,7 @@ def import_hf(
             )
             for number, (file, plan) in enumerate(zip(files, plans, strict=False))
         ]
-        outcomes = run_units(_write, units, staging, workers, show(needed))
+        outcomes = run_units(write_import_file, units, staging, workers, show(needed))
         results = [written for written, _ in outcomes]
         finish(whole, metadata, [*results, write_file(whole, plans[-1], resolve)])
         nonfinite: Counter[str] = sum((found for _, found in outcomes), Counter())
@@ -212,48 +188,3 @@ def _fingerprint(source: HfDirectory, files: Sequence[Sequence[Planned]]) -> lis
         [[str(piece) for piece, _ in file] for file in files],
         source.config.to_json_string(),
     ]
-
-
-def _write(job: FileJob, report: Report) -> tuple[list[WriteResult], Counter[str]]:
-    """Write one file; also returns the values of each source that are not finite."""
-    nonfinite: Counter[str] = Counter()
-
-    def resolve(item: WriteItem) -> Tensor:
-        data = item.tensor_data
-        assert data is not None
-        assert data.chunk is not None
-        values = torch.zeros(data.chunk.sizes, dtype=data.properties.dtype)  # padded rows are zero
-        rows = values.view(-1, values.shape[-1])
-        for source in job.sources[item.index]:
-            target = rows[source.row : source.row + source.rows]
-            _read(source, target)
-            bad = not_finite(target)
-            if bad:
-                nonfinite[source.name] += bad
-        report(values.nbytes)
-        return values
-
-    results = write_file(job.directory, job.plan, resolve)
-    if nonfinite and not job.allow_nonfinite:
-        name, bad = next(iter(nonfinite.items()))
-        raise TrinityError(f"{name} has {bad} values that are not finite")
-    return results, nonfinite
-
-
-def _read(source: Source, target: Tensor) -> None:
-    """Fill `target` with a source's rows.
-
-    Raises:
-        TrinityError: its file changed after it was checked.
-    """
-    stored = source.stored
-    dtype = DTYPES[stored.dtype]
-    rows = target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
-    offset = stored.offset + source.hf_row * stored.shape[-1] * dtype.itemsize
-    try:
-        with open(stored.file, "rb") as stream:
-            read_into(stream.fileno(), offset, rows)
-    except OSError as error:
-        raise TrinityError(f"{stored.file} cannot be read: {error}") from error
-    if rows is not target:
-        target.copy_(rows)

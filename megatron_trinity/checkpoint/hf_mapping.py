@@ -15,13 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from transformers import AfmoeConfig
 
 from megatron_trinity.errors import TrinityError
+
+if TYPE_CHECKING:  # slow to import, and a process that writes files needs none of it
+    from transformers import AfmoeConfig
 
 Shape = tuple[int, ...]
 Experts = Literal["per-expert", "fused"]

@@ -112,7 +112,8 @@ def _keep_or_empty(staging: Path, fingerprint: dict[str, str]) -> None:
 
 
 def _refuse_small_disk(staging: Path, needed: int) -> None:
-    written = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    # Of a file that has all its length from the beginning, what is on the disk counts.
+    written = sum(512 * path.stat().st_blocks for path in staging.rglob("*") if path.is_file())
     free = shutil.disk_usage(staging).free
     if needed - written > free:
         raise TrinityError(
