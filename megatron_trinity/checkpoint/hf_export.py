@@ -23,6 +23,7 @@ from megatron_trinity.checkpoint.hf_export_parts import (
     PartJob,
     Read,
     Target,
+    WrittenPart,
     begin_file,
     parts,
     write_part,
@@ -52,6 +53,7 @@ from megatron_trinity.checkpoint.units import Unit, resumable_staging, run_units
 from megatron_trinity.data.manifest import refuse_existing
 from megatron_trinity.errors import UsageError
 from megatron_trinity.progress import Progress, SilentProgress
+from megatron_trinity.upstream.checkpoint_tracker import sync
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLICE_SHARE = 8
@@ -158,7 +160,9 @@ def export_hf(
             for number, items in enumerate(parts((*reads[file], *banded.get(file, ())))):
                 job = PartJob(checkpoint.path, whole / file, items, allow_nonfinite)
                 units.append(Unit(f"{file}.{number:05d}", job.nbytes, job))
-        outcomes = run_units(write_part, units, staging, workers, show(needed))
+        written: list[WrittenPart] = run_units(
+            write_part, units, staging, workers, show(needed), settle=lambda done: sync(done.file)
+        )
         for file, layout in layouts.items():
             if read_header(whole / file).keys() != layout.offsets.keys():
                 raise OSError(f"{whole / file} was not written whole")
@@ -171,9 +175,9 @@ def export_hf(
         whole.rename(hf)
     nonfinite: Counter[str] = Counter()
     matrices: dict[str, Quantized] = defaultdict(Quantized)
-    for counted, rounded in outcomes:
-        nonfinite += counted
-        for name, done in rounded.items():
+    for part in written:
+        nonfinite += part.nonfinite
+        for name, done in part.matrices.items():
             matrices[name] += done
     errors = {name: matrix.relative_error for name, matrix in matrices.items()}
     return Exported(needed, dict(nonfinite), errors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -63,6 +62,21 @@ class PartJob:
         return sum(item.nbytes for item in self.items)
 
 
+@dataclass(frozen=True)
+class WrittenPart:
+    """What became of a part.
+
+    Attributes:
+        file: that it is in; the disk may not have it yet.
+        nonfinite: name of a tensor to its values that are not finite, if it has any.
+        matrices: name of a matrix in FP8 to how it was rounded.
+    """
+
+    file: Path
+    nonfinite: Counter[str]
+    matrices: dict[str, Quantized]
+
+
 def parts(items: Iterable[Read | Band]) -> Iterator[tuple[Read | Band, ...]]:
     """Cut what goes into a file into parts."""
     part: list[Read | Band] = []
@@ -84,10 +98,11 @@ def begin_file(path: Path, layout: FileLayout) -> None:
         stream.truncate(layout.size)
 
 
-def write_part(job: PartJob, report: Report) -> tuple[Counter[str], dict[str, Quantized]]:
+def write_part(job: PartJob, report: Report) -> WrittenPart:
     """Write a part of a file.
 
-    Returns: name of a tensor to its values that are not finite; of a matrix to how it was rounded.
+    Raises:
+        TrinityError: a tensor cannot be read, or is not finite.
     """
     checkpoint = _tensors(job.iteration)
     nonfinite: Counter[str] = Counter()
@@ -101,12 +116,11 @@ def write_part(job: PartJob, report: Report) -> tuple[Counter[str], dict[str, Qu
             else:
                 _write_slice(checkpoint, item, stream.fileno(), nonfinite)
             report(item.nbytes)
-        os.fsync(stream.fileno())
     nonfinite = +nonfinite  # those that have any
     if nonfinite and not job.allow_nonfinite:
         name, bad = next(iter(nonfinite.items()))
         raise TrinityError(f"{name} has {bad} values that are not finite")
-    return nonfinite, dict(matrices)
+    return WrittenPart(job.file, nonfinite, dict(matrices))
 
 
 def _write_slice(

@@ -22,6 +22,7 @@ from megatron_trinity.checkpoint.torch_dist import RELEASE
 from megatron_trinity.checkpoint.torch_dist_write import (
     TensorSlice,
     finish,
+    keep,
     move_into_place,
     object_items,
     plan_files,
@@ -103,7 +104,14 @@ def import_hf(
             )
             for number, (file, plan) in enumerate(zip(files, plans, strict=False))
         ]
-        outcomes = run_units(write_import_file, units, staging, workers, show(needed))
+        outcomes = run_units(
+            write_import_file,
+            units,
+            staging,
+            workers,
+            show(needed),
+            settle=lambda outcome: keep(whole, outcome[0]),
+        )
         results = [written for written, _ in outcomes]
         finish(whole, metadata, [*results, write_file(whole, plans[-1], resolve)])
         nonfinite: Counter[str] = sum((found for _, found in outcomes), Counter())

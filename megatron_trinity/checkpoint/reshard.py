@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from megatron_trinity.checkpoint.manifest import (
     MANIFEST,
     FileSum,
     faults,
-    file_sum,
     read_manifest,
     write_manifest,
 )
@@ -38,6 +37,7 @@ from megatron_trinity.checkpoint.torch_dist import (
 from megatron_trinity.checkpoint.torch_dist_write import (
     TensorSlice,
     finish,
+    keep,
     move_into_place,
     object_items,
     plan_files,
@@ -83,6 +83,7 @@ class _Planned:
         work: does a unit's job, in any process.
         finish: makes the files that the units gave a checkpoint; the argument is what they gave.
         fingerprint: what it depends on beside the source.
+        settle: waits until the disk has what a unit gave.
         prepare: what another process has to do first.
     """
 
@@ -90,6 +91,7 @@ class _Planned:
     work: Callable[[Any, Report], Any]
     finish: Callable[[list[Any]], None]
     fingerprint: str
+    settle: Callable[[Any], None] | None = None
     prepare: Callable[[], None] | None = None
 
 
@@ -165,7 +167,13 @@ def reshard(
         staged.mkdir(exist_ok=True)
         _check_sums(source.path, staging, workers, show)
         written = run_units(
-            planned.work, planned.units, staging, workers, show(needed), planned.prepare
+            planned.work,
+            planned.units,
+            staging,
+            workers,
+            show(needed),
+            planned.settle,
+            planned.prepare,
         )
         planned.finish(written)
         move_into_place(staged, target, staging / "replaced", save / TRACKER)
@@ -226,15 +234,10 @@ def _plan_torch_dist(
     ]
 
     def finish_files(written: list[Any]) -> None:
-        results: list[list[WriteResult]] = [result for result, _ in written]
-        finish(staged, metadata, [*results, write_file(staged, plans[-1], resolve)])
-        sums: dict[str, FileSum] = {}
-        for _, found in written:
-            sums |= found
-        write_manifest(staged, sums)
+        finish(staged, metadata, [*written, write_file(staged, plans[-1], resolve)])
 
     fingerprint = str([[str(piece) for piece in file] for file in dealt] + [str(common["args"])])
-    return _Planned(units, _write_file, finish_files, fingerprint)
+    return _Planned(units, _write_file, finish_files, fingerprint, settle=partial(keep, staged))
 
 
 def _file_count(total: int, files: int | None, memory: int) -> int:
@@ -314,7 +317,7 @@ def _plan_rank_files(source: TorchDistCheckpoint, staged: Path, layout: Layout) 
     def finish_files(written: list[Any]) -> None:
         write_manifest(staged, dict(written))
 
-    return _Planned(units, write_rank_file, finish_files, str(stored_args), adapt_megatron)
+    return _Planned(units, write_rank_file, finish_files, str(stored_args), prepare=adapt_megatron)
 
 
 @cache
@@ -322,8 +325,7 @@ def _tensors(path: Path) -> TorchDistTensors:
     return TorchDistTensors(path)
 
 
-def _write_file(job: _FileJob, report: Report) -> tuple[list[WriteResult], dict[str, FileSum]]:
-    """Write one file; also returns its sum, by its name."""
+def _write_file(job: _FileJob, report: Report) -> list[WriteResult]:
     source = _tensors(job.source)
 
     def resolve(item: WriteItem) -> Tensor:
@@ -335,9 +337,7 @@ def _write_file(job: _FileJob, report: Report) -> tuple[list[WriteResult], dict[
         report(values.nbytes)
         return values
 
-    results = write_file(job.directory, job.plan, resolve)
-    names: Iterator[str] = (result.storage_data.relative_path for result in results)
-    return results, {name: file_sum(job.directory / name) for name in set(names)}
+    return write_file(job.directory, job.plan, resolve)
 
 
 def _rows(offsets: Sequence[int], sizes: Sequence[int], shape: torch.Size) -> tuple[int, int]:

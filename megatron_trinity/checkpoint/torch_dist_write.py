@@ -34,7 +34,7 @@ from megatron_trinity.checkpoint.manifest import write_manifest
 from megatron_trinity.checkpoint.slices import Slice
 from megatron_trinity.errors import root_cause
 from megatron_trinity.upstream.checkpoint_sums import summed, sums_of
-from megatron_trinity.upstream.checkpoint_tracker import replacing
+from megatron_trinity.upstream.checkpoint_tracker import replacing, sync
 
 Resolve = Callable[[WriteItem], Tensor | io.BytesIO]
 
@@ -86,6 +86,8 @@ class _Planner(DefaultSavePlanner):
 def write_file(directory: Path, plan: SavePlan, resolve: Resolve) -> list[WriteResult]:
     """Write the file of one plan of `plan_files`; returns what `finish` takes.
 
+    The disk may not have it yet: `keep` sees to that, while this process goes on.
+
     Raises:
         OSError: it could not be written.
     """
@@ -94,6 +96,12 @@ def write_file(directory: Path, plan: SavePlan, resolve: Resolve) -> list[WriteR
     except RuntimeError as error:  # of torch's writer, when the disk is full
         raise OSError(root_cause(error)) from error
     return summed(results, directory)
+
+
+def keep(directory: Path, results: list[WriteResult]) -> None:
+    """Wait until the disk has a file; its results are those of `write_file`."""
+    for name in sums_of([results]):
+        sync(directory / name)
 
 
 def plan_files(directory: Path, files: Iterable[Iterable[WriteItem]]) -> tuple[list[SavePlan], Any]:
@@ -111,6 +119,8 @@ def finish(directory: Path, metadata: Any, results: list[list[WriteResult]]) -> 
     """
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
+    for of_file in results:
+        keep(directory, of_file)
     _writer(directory).finish(metadata, results)
     save_config(CheckpointingConfig("torch_dist"), str(directory))
     write_manifest(directory, sums_of(results))
@@ -153,4 +163,4 @@ def move_into_place(directory: Path, target: Path, replaced: Path, pointer: Path
 
 
 def _writer(directory: Path) -> FileSystemWriter:
-    return FileSystemWriter(directory, sync_files=True)
+    return FileSystemWriter(directory, sync_files=False)

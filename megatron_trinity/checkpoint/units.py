@@ -128,6 +128,7 @@ def run_units(
     staging: Path,
     workers: int,
     progress: Progress,
+    settle: Callable[[Any], None] | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> list[Any]:
     """Do every unit that has no record yet; returns what each one gave, in order.
@@ -135,6 +136,8 @@ def run_units(
     Args:
         work: at the level of a module; does the job of a unit.
         workers: processes; with one, this process does it.
+        settle: called here with what a unit gave, before it is recorded: has the disk keep its
+            files, while the other processes go on.
         prepare: at the level of a module; another process calls it before it takes a unit.
 
     Raises:
@@ -148,6 +151,8 @@ def run_units(
     done = sum(unit.nbytes for unit in units if unit.name in results)
 
     def finished(unit: Unit, result: Any) -> None:
+        if settle is not None:
+            settle(result)
         results[unit.name] = result
         beside = staging / f"{unit.record}.new"
         beside.write_bytes(pickle.dumps(result))

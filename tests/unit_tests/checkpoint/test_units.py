@@ -87,6 +87,23 @@ def test_finished_units_are_not_done_again(tmp_path: Path, workers: int) -> None
     assert shown.done == [30]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_does_not_settle_is_done_again(tmp_path: Path, workers: int) -> None:
+    def settle(result: tuple[int, int]) -> None:
+        if result[0] == 1:
+            raise OSError("the disk does not have it")
+
+    jobs = units(tmp_path, 3, 1)
+    with (
+        pytest.raises(TrinityError, match="the disk does not have it; what is finished is kept"),
+        resumable_staging(tmp_path / "out", PLAN, 0) as staging,
+    ):
+        run_units(work, jobs, staging, workers, Seen(), settle)
+    with resumable_staging(tmp_path / "out", PLAN, 0) as staging:
+        run_units(work, jobs, staging, workers, Seen())
+    assert log(tmp_path).count(1) == 2
+
+
 def test_another_plan_starts_anew(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         do_and_fail(tmp_path / "out", units(tmp_path, 3), KeyboardInterrupt())
