@@ -142,6 +142,9 @@ def _environment(work: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(plugin),
+        # Else some functions are compiled all the same, which takes a compiler, and a path to the
+        # environment without spaces.
+        "TORCHDYNAMO_DISABLE": "1",
         "VLLM_CACHE_ROOT": str(work / "cache"),
         "VLLM_CONFIG_ROOT": str(work / "config"),
         "VLLM_CPU_KVCACHE_SPACE": "1",
