@@ -32,8 +32,7 @@ def parse_command_line() -> argparse.Namespace:
         "--format",
         choices=["torch_dist", "torch"],
         default="torch_dist",
-        help="torch_dist, for any layout, or torch, a file a rank, weights alone "
-        "(default: %(default)s)",
+        help="torch_dist, for any layout, or torch, a file a rank (default: %(default)s)",
     )
     parser.add_argument(
         "--files", type=int, metavar="N", help="files of tensors (default: as few as memory allows)"
@@ -58,11 +57,8 @@ def main() -> None:
     command = parse_command_line()
     if command.files is not None and command.files < 1:
         raise UsageError(f"--files {command.files}: use 1 or more")
-    if command.format == "torch" and (command.files or command.no_optimizer):
-        raise UsageError(
-            "--format torch has a file a rank and no optimizer state: leave out --files and "
-            "--no-optimizer"
-        )
+    if command.format == "torch" and command.files:
+        raise UsageError("--format torch has a file a rank: leave out --files")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
 
     from megatron_trinity.checkpoint.allocator import return_freed_memory

@@ -26,6 +26,8 @@ from megatron_trinity.errors import UsageError
 from megatron_trinity.planning.fake_ranks import build_chunks, fake_groups, stage_ranks
 
 if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
     from megatron_trinity.model.shards import Held
 
 READ_BYTES = 64 * 2**20
@@ -39,8 +41,9 @@ class RankJob:
     Attributes:
         source: directory of the iteration.
         args: of the trainer, in the layout.
-        saved: what the file has beside the model.
+        saved: what the file has beside the model and the optimizer.
         directory: of the new iteration.
+        steps: of the optimizer, whose state is written as well; None to write none.
     """
 
     source: Path
@@ -48,12 +51,17 @@ class RankJob:
     rank: int
     saved: Mapping[str, Any]
     directory: Path
+    steps: int | None
 
 
 def rank_jobs(
-    source: TorchDistTensors, args: Namespace, saved: Mapping[str, Any], directory: Path
+    source: TorchDistTensors,
+    args: Namespace,
+    saved: Mapping[str, Any],
+    directory: Path,
+    steps: int | None,
 ) -> Iterator[tuple[RankJob, int]]:
-    """A job for each file, and its bytes of tensors.
+    """A job for each file, and its bytes of tensors, without the optimizer's.
 
     Raises:
         UsageError: the format cannot hold the layout.
@@ -71,7 +79,7 @@ def rank_jobs(
                 for chunk in build_chunks(args, groups)
                 for held in _held(source, chunk).values()
             )
-        yield RankJob(source.path, args, rank, saved, directory), nbytes
+        yield RankJob(source.path, args, rank, saved, directory, steps), nbytes
 
 
 def file_ranks(args: Namespace) -> list[int]:
@@ -94,13 +102,14 @@ def write_rank_file(job: RankJob, report: Report) -> tuple[str, FileSum]:
         iteration = job.saved["iteration"]
         chunks = build_chunks(job.args, groups)
         models = [_state(source, chunk, report) for chunk in chunks]
+        state = {} if job.steps is None else _optimizer(source, job, chunks)
         named = Path(get_checkpoint_name("", iteration, release=job.directory.name == RELEASE))
     keys = ["model"] if len(models) == 1 else [f"model{number}" for number in range(len(models))]
     name = str(named.relative_to(named.parts[0]))
     path = job.directory / name
     path.parent.mkdir(exist_ok=True)
     with open(path, "wb") as stream:
-        torch.save({**job.saved, **dict(zip(keys, models, strict=True))}, stream)
+        torch.save({**job.saved, **dict(zip(keys, models, strict=True)), **state}, stream)
         stream.flush()
         os.fsync(stream.fileno())
     return name, file_sum(path)
@@ -125,6 +134,18 @@ def _state(source: TorchDistTensors, chunk: Any, report: Report) -> dict[str, An
         elif not isinstance(value, Tensor):  # extra state
             state[name] = value
     return state
+
+
+def _optimizer(source: TorchDistTensors, job: RankJob, chunks: list[Any]) -> dict[str, Any]:
+    from megatron_trinity.checkpoint.rank_optimizer import optimizer_state
+
+    def read(part: ShardedTensor) -> Tensor:
+        values = torch.zeros(part.local_shape, dtype=source.dtype(part.key))
+        _read_box(source, part.key, tuple(part.global_offset), values)
+        return values
+
+    assert job.steps is not None
+    return {"optimizer": optimizer_state(job.saved["args"], chunks, job.steps, read)}
 
 
 def _read(source: TorchDistTensors, held: Held) -> Tensor:

@@ -53,6 +53,9 @@ FORMATS = ("torch_dist", "torch")
 FILE_SHARE, SLICE_SHARE = 3, 16
 """A process's memory has room for so many files, and for so many slices."""
 
+HOW = {False: "--finetune", True: "--no-load-rng, and without --use-distributed-optimizer"}
+"""How a run loads what was written as `torch`, without and with the optimizer's state."""
+
 RNG, RERUN = "rng_state/", "rerun_state_machine_state/"
 Show = Callable[[int | None], Progress]
 
@@ -128,8 +131,8 @@ def reshard(
         save: directory of checkpoints.
         layout: that the stored arguments name; by default the run's own.
         files: how many hold tensors; by default as few as memory allows. For `torch_dist` alone.
-        ckpt_format: `torch_dist`; or `torch`, a file a rank, with weights alone.
-        optimizer: keep the optimizer's state. For `torch_dist` alone.
+        ckpt_format: `torch_dist`; or `torch`, a file a rank.
+        optimizer: keep the optimizer's state.
         memory_bytes: for values in all processes together; a rank's file of `torch` is held whole.
         workers: processes.
         dry_run: check all but the checksums, and write nothing.
@@ -149,8 +152,10 @@ def reshard(
             raise TrinityError(f"{path} is there already and is not replaced: name another --save")
     staged = save / f".{name}.part" / name
     if ckpt_format == "torch":
-        planned = _plan_rank_files(source, staged, layout or layout_of(source.args))
-        notes.append("weights alone: load them with --ckpt-format torch --finetune")
+        with_state = optimizer and source.has_optimizer
+        steps = int(source.common["optimizer"]["step"]) if with_state else None
+        planned = _plan_rank_files(source, staged, layout or layout_of(source.args), steps)
+        notes.append(f"load it with --ckpt-format torch {HOW[with_state]}")
     else:
         share = memory_bytes // workers
         common = _common(source, layout, optimizer)
@@ -302,16 +307,20 @@ def _differs(one: Namespace, other: Namespace, *names: str) -> bool:
     return any(getattr(one, name) != getattr(other, name) for name in names)
 
 
-def _plan_rank_files(source: TorchDistCheckpoint, staged: Path, layout: Layout) -> _Planned:
+def _plan_rank_files(
+    source: TorchDistCheckpoint, staged: Path, layout: Layout, steps: int | None
+) -> _Planned:
+    from megatron_trinity.checkpoint.rank_optimizer import of_one_rank
+
     args = args_of_layout(source.args, layout)
-    stored_args = with_layout(source.args, args)
+    stored_args = of_one_rank(with_layout(source.args, args))
     stored_args.padded_vocab_size = args.padded_vocab_size
     dropped = ("args", "content_metadata", "optimizer", "rerun_state_machine")
     saved = {key: value for key, value in source.common.items() if key not in dropped}
     saved["args"] = stored_args
     units = [
         Unit(f"file-{number:05d}", nbytes, job)
-        for number, (job, nbytes) in enumerate(rank_jobs(source, args, saved, staged))
+        for number, (job, nbytes) in enumerate(rank_jobs(source, args, saved, staged, steps))
     ]
 
     def finish_files(written: list[Any]) -> None:

@@ -165,11 +165,18 @@ class TrinityOptimizer(MegatronOptimizer):
             unit.master.copy_(unit.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of steps, and weights and moments that this rank keeps, by unit."""
-        return {
-            "step": self._steps,
-            "state": {unit.name: dict(unit.state) for unit in self._kept},
+        """What `load_state_dict` takes: number of steps, and what this rank keeps, by unit."""
+        state = {
+            unit.name: {
+                name: {
+                    str(number): unit.rows_of(part, tensor)
+                    for number, part in enumerate(unit.parts)
+                }
+                for name, tensor in unit.state.items()
+            }
+            for unit in self._kept
         }
+        return {"step": self._steps, "state": state}
 
     def sharded_state_dict(
         self,
@@ -196,7 +203,7 @@ class TrinityOptimizer(MegatronOptimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what was loaded into the tensors of `sharded_state_dict`."""
+        """Take over what was loaded into the tensors of `sharded_state_dict`, or a `state_dict`."""
         self._steps = int(state_dict["step"])
         for unit in self._kept:
             for name, parts in state_dict["state"][unit.name].items():

@@ -109,8 +109,17 @@ OPTIMIZER_REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "muon-checkpoint",
-        lambda a: _is_muon(a) and (a.ckpt_format != "torch_dist" or a.load_main_params_from_ckpt),
+        lambda a: (
+            _is_muon(a)
+            and (a.ckpt_format not in ("torch_dist", "torch") or a.load_main_params_from_ckpt)
+        ),
         "--ckpt-format {ckpt_format}: --optimizer muon saves in torch_dist, which fits any layout "
         "and holds its fp32 weights; leave out --ckpt-format and --load-main-params-from-ckpt",
+    ),
+    Refusal(
+        "muon-rank-files",
+        lambda a: _is_muon(a) and a.ckpt_format == "torch" and a.use_distributed_optimizer,
+        "--ckpt-format torch has the state of one data-parallel rank, and --optimizer muon with "
+        "--use-distributed-optimizer has it on all; use --ckpt-format torch_dist",
     ),
 )

@@ -59,17 +59,30 @@ def sharded_state_dict(
 
 def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
     """Take over what was loaded into the tensors of the last `sharded_state_dict`."""
-    states, self.places_of_state = self.places_of_state, None
-    tensors = iter(state_dict["state"][number] for number in range(len(state_dict["state"])))
+    loaded = state_dict["state"]
+    tensors = (loaded[number] for number in range(len(loaded)))
+    states = native_states(self, tensors, state_dict["step"])
     for optimizer, state in zip(_with_parameters(self), states, strict=True):
-        dict_list_map_inplace(partial(_loaded, tensors), state)
-        _set_steps(optimizer, state, state_dict["step"])
         weights = state.pop(WEIGHTS, {})
         optimizer.load_state_dict(state)
         with torch.no_grad():
             for number, weight in weights.items():
                 optimizer.get_parameters()[number].copy_(weight)
     self._synchronize_steps()
+
+
+def native_states(chain: Any, tensors: Iterator[Tensor], steps: int) -> list[dict[str, Any]]:
+    """What each optimizer's own `load_state_dict` takes, and fp32 weights under `WEIGHTS`.
+
+    Args:
+        tensors: in the order of the last `sharded_state_dict` of the chain.
+    """
+    states: list[dict[str, Any]]
+    states, chain.places_of_state = chain.places_of_state, None
+    for optimizer, state in zip(_with_parameters(chain), states, strict=True):
+        dict_list_map_inplace(partial(_loaded, tensors), state)
+        _set_steps(optimizer, state, steps)
+    return states
 
 
 def install() -> None:

@@ -222,7 +222,8 @@ def state_of_rank(
     _, optimizer = build_optimizer(flags, random_tensors(shapes, seed=1))
     kept = 0
     for tensors in optimizer.state_dict()["state"].values():
-        kept += sum(tensor.numel() for name, tensor in tensors.items() if name != "fp32_param")
+        for name, parts in tensors.items():
+            kept += sum(t.numel() for t in parts.values() if name != "fp32_param")
     return kept, optimizer.work()
 
 

@@ -72,7 +72,8 @@ def test_another_layout_goes_on_alike(runs: Runs) -> None:
 
 def test_a_file_a_rank_loads_the_same_weights(runs: Runs) -> None:
     half, legacy = runs.path / "half", runs.path / "legacy"
-    reshard(half, legacy, parse_layout_text("tp=2,ep=2,etp=1"), ckpt_format="torch")
+    layout = parse_layout_text("tp=2,ep=2,etp=1")
+    reshard(half, legacy, layout, ckpt_format="torch", optimizer=False)
     flags = ("--optimizer", "adam", "--bf16", "--finetune", *OTHER)
     runs.train("tuned", *flags, "--load", str(half))
     runs.train("tuned-legacy", *flags, "--load", str(legacy), "--ckpt-format", "torch")
@@ -80,3 +81,36 @@ def test_a_file_a_rank_loads_the_same_weights(runs: Runs) -> None:
         values = logged(runs.path / "tuned-legacy-log", tag)
         assert sorted(values) == list(range(1, STEPS + 1))
         assert values == logged(runs.path / "tuned-log", tag)
+
+
+PIPELINE = ("--pipeline-model-parallel-size", "2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "layout_flags"),
+    [
+        (("--optimizer", "muon", "--bf16"), "pp=2", PIPELINE),
+        (("--optimizer", "muon", "--router-optimizer", "adamw"), "tp=2,ep=2,etp=1", OTHER),
+        (("--optimizer", "adam"), "tp=2,ep=2,etp=1", OTHER),
+        (("--optimizer", "adam", "--bf16"), "tp=2,ep=2,etp=1", OTHER),
+    ],
+)
+def test_a_file_a_rank_goes_on_alike(
+    ranks: RankPools,
+    tmp_path: Path,
+    kind: tuple[str, ...],
+    layout: str,
+    layout_flags: tuple[str, ...],
+) -> None:
+    runs = Runs(ranks, tmp_path)
+    runs.train("half", *kind, "--use-distributed-optimizer", "--exit-interval", str(HALF))
+    half, legacy = tmp_path / "half", tmp_path / "legacy"
+    reshard(half, legacy, parse_layout_text(layout), ckpt_format="torch")
+    flags = (*kind, *layout_flags)
+    runs.train("from-half", *flags, "--load", str(half))
+    format_flags = ("--ckpt-format", "torch", "--no-load-rng")
+    runs.train("from-legacy", *flags, "--load", str(legacy), *format_flags)
+    for tag in ("lm loss", "grad-norm", "learning-rate"):
+        values = logged(tmp_path / "from-legacy-log", tag)
+        assert sorted(values) == [HALF + 1, STEPS]
+        assert values == logged(tmp_path / "from-half-log", tag)

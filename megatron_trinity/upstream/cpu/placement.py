@@ -45,11 +45,12 @@ def is_cuda_device(device: Any) -> bool:
 
 
 class CpuTypeName(str):
-    """The name of a CPU tensor type, equal also to the name of the same type on CUDA."""
+    """The name of a tensor type, on the CPU or meta, equal also to that of the same on CUDA."""
 
     def __eq__(self, other: object) -> bool:
+        on_cpu = self.replace("torch.meta.", "torch.", 1)
         return str.__eq__(self, other) or str.__eq__(
-            self.replace("torch.", "torch.cuda.", 1), other
+            on_cpu.replace("torch.", "torch.cuda.", 1), other
         )
 
     def __ne__(self, other: object) -> bool:

@@ -83,6 +83,7 @@ def test_tensor_type_names_compare_equal_to_both_spellings() -> None:
     assert name == "torch.cuda.FloatTensor"
     assert name != "torch.cuda.HalfTensor"
     assert torch.ones(1).bfloat16().type() in ["torch.cuda.HalfTensor", "torch.cuda.BFloat16Tensor"]
+    assert torch.ones(1, device="meta").bfloat16().type() == "torch.cuda.BFloat16Tensor"
     assert {name: 1}["torch.FloatTensor"] == 1
     assert torch.ones(1).type(torch.float64).dtype == torch.float64
 
