@@ -5,6 +5,7 @@ import argparse
 import os
 from pathlib import Path
 
+from megatron_trinity.checkpoint.units import add_resource_arguments, memory_and_workers
 from megatron_trinity.errors import TrinityError, UsageError, run_command
 
 EXAMPLE = """example:
@@ -31,13 +32,7 @@ def main() -> None:
         default="per-expert",
         help="three matrices an expert, or stacks of all (default: %(default)s)",
     )
-    parser.add_argument(
-        "--memory-gb",
-        type=float,
-        default=2.0,
-        help="memory for values, in GiB, of all processes together (default: %(default)s)",
-    )
-    parser.add_argument("--workers", type=int, help="processes (default: one a CPU, 4 at most)")
+    add_resource_arguments(parser)
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="write values that are not finite"
     )
@@ -98,7 +93,6 @@ def main() -> None:
 def export(args: argparse.Namespace) -> None:
     from megatron_trinity.checkpoint.hf_export import export_hf
     from megatron_trinity.checkpoint.hf_files import write_json
-    from megatron_trinity.checkpoint.units import memory_and_workers
     from megatron_trinity.progress import progress_for_terminal
 
     memory, workers = memory_and_workers(args.memory_gb, args.workers)

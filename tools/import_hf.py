@@ -5,6 +5,7 @@ import argparse
 import os
 from pathlib import Path
 
+from megatron_trinity.checkpoint.units import add_resource_arguments, memory_and_workers
 from megatron_trinity.errors import UsageError, run_command
 
 EXAMPLE = """example:
@@ -23,13 +24,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=["fp32", "bf16"], help="dtype of matrices (default: as they are)"
     )
-    parser.add_argument(
-        "--memory-gb",
-        type=float,
-        default=2.0,
-        help="memory for values, in GiB, of all processes together (default: %(default)s)",
-    )
-    parser.add_argument("--workers", type=int, help="processes (default: one a CPU, 4 at most)")
+    add_resource_arguments(parser)
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="take values that are not finite"
     )
@@ -46,7 +41,6 @@ def main() -> None:
 
     from megatron_trinity.checkpoint.hf_mapping import row_count
     from megatron_trinity.checkpoint.hf_source import open_hf_directory
-    from megatron_trinity.checkpoint.units import memory_and_workers
 
     memory, workers = memory_and_workers(arguments.memory_gb, arguments.workers)
     if arguments.dry_run:

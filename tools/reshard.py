@@ -7,6 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
+from megatron_trinity.checkpoint.units import add_resource_arguments, memory_and_workers
 from megatron_trinity.errors import UsageError, run_command
 
 EXAMPLE = """example:
@@ -40,13 +41,7 @@ def parse_command_line() -> argparse.Namespace:
     parser.add_argument(
         "--no-optimizer", action="store_true", help="leave out the optimizer's state"
     )
-    parser.add_argument(
-        "--memory-gb",
-        type=float,
-        default=2.0,
-        help="memory for values, in GiB, of all processes together (default: %(default)s)",
-    )
-    parser.add_argument("--workers", type=int, help="processes (default: one a CPU, 4 at most)")
+    add_resource_arguments(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="check all but checksums, and write nothing"
     )
@@ -69,7 +64,6 @@ def main() -> None:
 
     from megatron_trinity.checkpoint.layout_args import parse_layout_text
     from megatron_trinity.checkpoint.reshard import reshard
-    from megatron_trinity.checkpoint.units import memory_and_workers
     from megatron_trinity.progress import progress_for_terminal
 
     memory, workers = memory_and_workers(command.memory_gb, command.workers)

@@ -6,6 +6,7 @@ they are whole. A second run over the same plan takes finished units from their 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -241,6 +242,17 @@ def _report_from_worker(nbytes: int) -> None:
         raise Stopped
     with _done.get_lock():
         _done.value += nbytes
+
+
+def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `memory_and_workers` takes."""
+    parser.add_argument(
+        "--memory-gb",
+        type=float,
+        default=2.0,
+        help="memory for values, in GiB, of all processes together (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=int, help="processes (default: one a CPU, 4 at most)")
 
 
 def memory_and_workers(memory_gib: float, workers: int | None) -> tuple[int, int]:
