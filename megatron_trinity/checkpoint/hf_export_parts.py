@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from megatron_trinity.checkpoint.hf_fp8 import Band, Quantized, write_band
 from megatron_trinity.checkpoint.safetensors_files import FileLayout, write_from
 from megatron_trinity.checkpoint.slices import Slice, not_finite
-from megatron_trinity.checkpoint.torch_dist import TorchDistTensors
+from megatron_trinity.checkpoint.torch_dist import TorchDistTensors, tensors_of
 from megatron_trinity.checkpoint.units import Report
 from megatron_trinity.errors import TrinityError
 
@@ -104,7 +103,7 @@ def write_part(job: PartJob, report: Report) -> WrittenPart:
     Raises:
         TrinityError: a tensor cannot be read, or is not finite.
     """
-    checkpoint = _tensors(job.iteration)
+    checkpoint = tensors_of(job.iteration)
     nonfinite: Counter[str] = Counter()
     matrices: dict[str, Quantized] = defaultdict(Quantized)
     with open(job.file, "r+b", buffering=0) as stream:
@@ -131,8 +130,3 @@ def _write_slice(
         rows = values[target.row : target.row + target.rows].to(target.dtype)
         nonfinite[target.name] += not_finite(rows)
         write_from(descriptor, target.offset, rows)
-
-
-@cache
-def _tensors(iteration: Path) -> TorchDistTensors:
-    return TorchDistTensors(iteration)

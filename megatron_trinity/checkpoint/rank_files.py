@@ -11,7 +11,6 @@ import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from megatron_trinity.checkpoint.manifest import FileSum, file_sum
 from megatron_trinity.checkpoint.slices import slices
-from megatron_trinity.checkpoint.torch_dist import MOMENTUM, RELEASE, TorchDistTensors
+from megatron_trinity.checkpoint.torch_dist import MOMENTUM, RELEASE, TorchDistTensors, tensors_of
 from megatron_trinity.checkpoint.units import Report
 from megatron_trinity.errors import UsageError
 from megatron_trinity.planning.fake_ranks import build_chunks, fake_groups, stage_ranks
@@ -97,7 +96,7 @@ def write_rank_file(job: RankJob, report: Report) -> tuple[str, FileSum]:
     """Write the file of one rank; returns its path in the directory, and its sum."""
     from megatron.training.checkpointing import get_checkpoint_name
 
-    source = _tensors(job.source)
+    source = tensors_of(job.source)
     with fake_groups(job.args, job.rank) as groups:
         iteration = job.saved["iteration"]
         chunks = build_chunks(job.args, groups)
@@ -171,8 +170,3 @@ def _read_box(source: TorchDistTensors, key: str, offset: tuple[int, ...], targe
     for part in slices((there, shape[-1]), source.dtype(key).itemsize, READ_BYTES):
         read = source.rows(key, before + first + part.row, part.rows)
         rows[part.row : part.row + part.rows] = read[:, column : column + rows.shape[1]]
-
-
-@cache
-def _tensors(path: Path) -> TorchDistTensors:
-    return TorchDistTensors(path)

@@ -7,7 +7,7 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from megatron_trinity.checkpoint.torch_dist import (
     METADATA,
     RELEASE,
     TorchDistCheckpoint,
-    TorchDistTensors,
+    tensors_of,
 )
 from megatron_trinity.checkpoint.torch_dist_write import (
     TensorSlice,
@@ -329,13 +329,8 @@ def _plan_rank_files(
     return _Planned(units, write_rank_file, finish_files, str(stored_args), prepare=adapt_megatron)
 
 
-@cache
-def _tensors(path: Path) -> TorchDistTensors:
-    return TorchDistTensors(path)
-
-
 def _write_file(job: _FileJob, report: Report) -> list[WriteResult]:
-    source = _tensors(job.source)
+    source = tensors_of(job.source)
 
     def resolve(item: WriteItem) -> Tensor:
         assert item.tensor_data is not None

@@ -251,6 +251,12 @@ class TorchDistTensors:
         return offset + stored.storage_offset() * stored.itemsize
 
 
+@functools.cache
+def tensors_of(iteration: Path) -> TorchDistTensors:
+    """The tensors of a directory, opened once in a process that reads them for many jobs."""
+    return TorchDistTensors(iteration)
+
+
 class TorchDistCheckpoint(TorchDistTensors):
     """One iteration of a checkpoint directory.
 
