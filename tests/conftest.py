@@ -1,14 +1,16 @@
-"""What every test shares: one thread a process, repeatable hypothesis runs, the pools of ranks."""
+"""What every test shares: one thread a process, the same random numbers, the pools of ranks."""
 
 import os
 
 # Before anything imports torch or NumPy, which read it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import random
 import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import settings
 
 from megatron_trinity.upstream import adapt_megatron
@@ -24,6 +26,13 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Before any test module imports megatron-core, as an entry point does it.
     adapt_megatron()
+
+
+# First, so that what a fixture draws does not depend on the tests before either.
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    random.seed(1)
+    torch.manual_seed(1)
 
 
 @pytest.fixture(scope="session")

@@ -158,8 +158,9 @@ def _difference(
         alike = False
         difference = a.double() - b.double()
         squares += _norm(difference) ** 2
-        # `max` would lose a NaN.
-        largest = torch.tensor([largest, _largest(difference)]).amax().item()
+        # `max` would lose a NaN, and torch's default dtype digits.
+        both = torch.tensor([largest, _largest(difference)], dtype=torch.float64)
+        largest = both.amax().item()
     if alike:
         return None
     relative = math.sqrt(squares / norm) if norm else math.copysign(math.inf, squares)
