@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import runpy
 import sys
@@ -113,3 +114,20 @@ def run_tool(tool: str, words: Sequence[object], monkeypatch: Any) -> tuple[int,
     except TrinityError as error:
         return error.exit_code, str(error)
     return 0, ""
+
+
+class Payload:
+    """Runs when it is unpickled without care."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self._mark),)
+
+
+def flip_bit(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

@@ -7,6 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
+from megatron_trinity.checkpoint.arguments import FORMATS
 from megatron_trinity.checkpoint.units import add_resource_arguments, memory_and_workers
 from megatron_trinity.errors import UsageError, run_command
 
@@ -31,7 +32,7 @@ def parse_command_line() -> argparse.Namespace:
     )
     parser.add_argument(
         "--format",
-        choices=["torch_dist", "torch"],
+        choices=FORMATS,
         default="torch_dist",
         help="torch_dist, for any layout, or torch, a file a rank (default: %(default)s)",
     )

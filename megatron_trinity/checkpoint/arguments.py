@@ -44,7 +44,16 @@ def _misses_saves(args: Namespace) -> bool:
     return bool(every and interval and every % interval != 0)
 
 
+FORMATS = ("torch_dist", "torch")
+"""Of Megatron's formats those whose checkpoints are whole or nothing."""
+
 CHECKPOINT_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "checkpoint-format",
+        lambda a: a.ckpt_format not in FORMATS,
+        "--ckpt-format {ckpt_format} makes checkpoints that nothing verifies; use torch_dist, "
+        "which any layout loads",
+    ),
     Refusal(
         "keep-numbers",
         lambda a: _below_1(a.keep_last_checkpoints) or _below_1(a.keep_every_iterations),

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_trinity.checkpoint.manifest import MANIFEST, faults, read_manifest, strangers
+from megatron_trinity.checkpoint.rank_checkpoint import incomplete_rank_file, rank_files
 from megatron_trinity.checkpoint.torch_dist import CONFIG, METADATA, READ_ERRORS, RELEASE
 from megatron_trinity.errors import TrinityError, root_cause
 from megatron_trinity.upstream.checkpoint_pickles import load_metadata
@@ -174,7 +175,9 @@ def _fault(path: Path, asked_for: bool) -> str | None:
 
 
 def _incomplete(path: Path) -> str | None:
-    """What of a checkpoint without a manifest is missing, as far as its own `.metadata` says."""
+    """What of a checkpoint without a manifest is missing, as far as its own files say."""
+    if rank_files(path):
+        return incomplete_rank_file(path)
     try:
         needed: dict[str, int] = {LAST_OF_MEGATRON: 0}
         with open(path / METADATA, "rb") as stream:

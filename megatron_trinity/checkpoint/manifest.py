@@ -35,6 +35,8 @@ def write_manifest(directory: Path, known: Mapping[str, FileSum] = {}) -> None:
     for name in names:
         if name not in known:
             sync(directory / name)
+    for folder in {(directory / name).parent for name in names}:
+        sync(folder)
     files = {name: asdict(known.get(name) or file_sum(directory / name)) for name in names}
     with replacing(directory / MANIFEST) as stream:
         json.dump({"version": VERSION, "files": files}, stream, indent=1)

@@ -49,7 +49,6 @@ from megatron_trinity.progress import Progress, SilentProgress
 from megatron_trinity.upstream import adapt_megatron
 from megatron_trinity.upstream.checkpoint_tracker import TRACKER
 
-FORMATS = ("torch_dist", "torch")
 FILE_SHARE, SLICE_SHARE = 3, 16
 """A process's memory has room for so many files, and for so many slices."""
 

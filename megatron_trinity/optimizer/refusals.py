@@ -109,12 +109,9 @@ OPTIMIZER_REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "muon-checkpoint",
-        lambda a: (
-            _is_muon(a)
-            and (a.ckpt_format not in ("torch_dist", "torch") or a.load_main_params_from_ckpt)
-        ),
-        "--ckpt-format {ckpt_format}: --optimizer muon saves in torch_dist, which fits any layout "
-        "and holds its fp32 weights; leave out --ckpt-format and --load-main-params-from-ckpt",
+        lambda a: _is_muon(a) and a.load_main_params_from_ckpt,
+        "--load-main-params-from-ckpt is for checkpoints without fp32 weights, and --optimizer "
+        "muon saves its own; leave it out",
     ),
     Refusal(
         "muon-rank-files",

@@ -45,8 +45,7 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     record, flops = MicroBatchRecord(), StepFlops(args)
     set_flop_counter(flops)
     set_training_hooks(StepObserver(args, record))
-    whole = WholeCheckpoints(args, checked) if args.ckpt_format == "torch_dist" else None
-    set_checkpoint_hooks(whole)
+    set_checkpoint_hooks(WholeCheckpoints(args, checked))
     set_up_optimizer(args)
     model_config = model_config_from_args(args)
     model_config.pre_wrap_hooks.append(partial(announce_balance, args))

@@ -16,6 +16,7 @@ from megatron_trinity.checkpoint.candidates import (
     iterations,
     number_of,
 )
+from megatron_trinity.checkpoint.rank_checkpoint import RankCheckpoint, rank_files
 from megatron_trinity.checkpoint.torch_dist import RELEASE, TorchDistCheckpoint
 from megatron_trinity.errors import TrinityError, UsageError
 
@@ -37,6 +38,18 @@ SHAPE = (
 )
 """Arguments that two runs must share for one to load the other's weights."""
 
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "pipeline_model_parallel_layout",
+    "virtual_pipeline_model_parallel_size",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+"""Arguments that they must share as well where each rank has a file."""
+
 
 def check_checkpoint(args: Namespace) -> Path | None:
     """Refuse to load what is not whole as far as sizes say, or is of another model.
@@ -51,8 +64,6 @@ def check_checkpoint(args: Namespace) -> Path | None:
             what differs. Or `--save` has iterations that a later start would load in its place.
         TrinityError: there are checkpoints, and none can be loaded. Or `--save` cannot be written.
     """
-    if args.ckpt_format != "torch_dist":
-        return None
     skipped: list[str] = []
     chosen = None
     for path, fault in candidates(args):
@@ -106,10 +117,13 @@ def unusable(args: Namespace, path: Path) -> str | None:
     """What keeps an iteration from being read, or None.
 
     Raises:
-        UsageError: it is of another model or optimizer; names what differs.
+        UsageError: it is of another model, optimizer, format or layout; names what differs.
     """
+    there = "torch" if rank_files(path) else "torch_dist"
+    if there != args.ckpt_format:
+        _refuse_format(args, path, there)
     try:
-        checkpoint = TorchDistCheckpoint(path)
+        checkpoint = (RankCheckpoint if there == "torch" else TorchDistCheckpoint)(path)
     except TrinityError as error:
         return str(error).removeprefix(f"{path} ")
     _check_is_of_this_run(args, checkpoint)
@@ -121,18 +135,37 @@ def _starts_anew(args: Namespace, path: Path) -> bool:
     return bool(args.finetune or args.load is None or Path(args.load) != path.parent)
 
 
-def _check_is_of_this_run(args: Namespace, checkpoint: TorchDistCheckpoint) -> None:
+def _refuse_format(args: Namespace, path: Path, there: str) -> None:
+    """Refuse what is not in the format of the run, but where Megatron converts it."""
+    if there == "torch":
+        if args.auto_detect_ckpt_format:
+            return
+        remedy = "give --auto-detect-ckpt-format to load it and save in torch_dist"
+    else:
+        remedy = "leave out --ckpt-format, or convert it with tools/reshard.py --format torch"
+    raise UsageError(
+        f"the checkpoint under {path.parent} is in --ckpt-format {there}, and this run has "
+        f"{args.ckpt_format}; {remedy}"
+    )
+
+
+def _check_is_of_this_run(
+    args: Namespace, checkpoint: TorchDistCheckpoint | RankCheckpoint
+) -> None:
     path = checkpoint.path
     saved = checkpoint.args
-    differences = [
-        f"--{name.replace('_', '-')} is {getattr(saved, name)} there and {getattr(args, name)} here"
-        for name in SHAPE
-        if getattr(saved, name) != getattr(args, name)
-    ]
-    if differences:
+    if differences := _differences(saved, args, SHAPE):
         raise UsageError(
-            f"the checkpoint under {path.parent} is of another model: {'; '.join(differences)}; "
-            "give the preset of that run, or another --load"
+            f"the checkpoint under {path.parent} is of another model: {differences}; give the "
+            "preset of that run, or another --load"
+        )
+    if isinstance(checkpoint, RankCheckpoint) and (
+        differences := _differences(saved, args, LAYOUT)
+    ):
+        raise UsageError(
+            f"the checkpoint under {path.parent} has a file for each rank of another layout: "
+            f"{differences}; give the layout of that run, and save in --ckpt-format torch_dist "
+            "with --auto-detect-ckpt-format: any layout loads that"
         )
     if not (_starts_anew(args, path) or args.no_load_optim or path.name == RELEASE):
         if not checkpoint.has_optimizer:
@@ -150,6 +183,15 @@ def _check_is_of_this_run(args: Namespace, checkpoint: TorchDistCheckpoint) -> N
         warn_rank_0(
             f"the checkpoint under {path.parent} has no momentum of SMEBU; it starts from zero"
         )
+
+
+def _differences(saved: Namespace, args: Namespace, names: Sequence[str]) -> str:
+    """Arguments that are not alike, in words."""
+    return "; ".join(
+        f"--{name.replace('_', '-')} is {getattr(saved, name)} there and {getattr(args, name)} here"
+        for name in names
+        if getattr(saved, name) != getattr(args, name)
+    )
 
 
 def _check_writable(save: Path) -> None:

@@ -72,8 +72,11 @@ def load_metadata(stream: IO[bytes]) -> Any:
     return _MetadataUnpickler(stream).load()
 
 
-def load_object(source: IO[bytes] | Path) -> Any:
+def load_object(source: IO[bytes] | Path, mmap: bool = False) -> Any:
     """Read what `torch.save` wrote: tensors, plain objects, and what megatron-core calls safe.
+
+    Args:
+        mmap: of a path: read tensors when they are used.
 
     Raises:
         pickle.UnpicklingError: it names something else.
@@ -82,7 +85,7 @@ def load_object(source: IO[bytes] | Path) -> Any:
     import megatron.core  # noqa: F401 - tells torch what it calls safe
 
     try:
-        return torch.load(source, map_location="cpu", weights_only=True)
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
     # Outside of the handler: torch's own message is a page.

@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import hashlib
-import io
 import os
 import pickle
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_trinity.checkpoint.manifest import MANIFEST, check_whole
-from megatron_trinity.errors import TrinityError
+from tests.broken_runs import (
+    NEWEST,
+    POINTER,
+    STEPS,
+    Outcome,
+    flags_of,
+    listing,
+    small_disk,
+    train,
+    warnings_of,
+)
+from tests.checkpoints import Payload, flip_bit
 from tests.distributed.pool import RankPools
-from tests.steps import recorded, recording
-from tests.trainer import run_trainer, training_flags, write_dataset
+from tests.steps import recorded
+from tests.trainer import run_trainer, write_dataset
 
-STEPS = 4
-POINTER = "latest_checkpointed_iteration.txt"
-NEWEST = "iter_0000003"
 DATA = "__0_0.distcp"
-
-Outcome = tuple[int, str, str]
-"""Exit code, the line of an error, and what was printed."""
-
-
-def train(rank: int, world_size: int, flags: Sequence[str], steps: Path | None = None) -> Outcome:
-    printed = io.StringIO()
-    with contextlib.ExitStack() as stack:
-        if steps is not None:
-            stack.enter_context(recording(steps))
-        stack.enter_context(contextlib.redirect_stdout(printed))
-        try:
-            return run_trainer(rank, world_size, flags), "", printed.getvalue()
-        except TrinityError as error:
-            return error.exit_code, str(error), printed.getvalue()
 
 
 def train_full_disk(rank: int, world_size: int, flags: Sequence[str], full: str) -> Outcome:
@@ -57,33 +47,6 @@ def train_full_disk(rank: int, world_size: int, flags: Sequence[str], full: str)
         return train(rank, world_size, flags)
     finally:
         os.fsync = real
-
-
-def flags_of(folder: Path, run: Path, *flags: str) -> list[str]:
-    return training_flags(
-        folder / "data",
-        *("--save", str(run), "--load", str(run), "--save-interval", "1", "--optimizer", "adam"),
-        *("--lr-decay-iters", "9", "--train-iters", str(STEPS)),
-        *("--data-cache-path", str(folder / "cache"), *flags),
-    )
-
-
-def warnings_of(outcome: Outcome) -> list[str]:
-    return [line for line in outcome[2].splitlines() if line.startswith("WARNING: skipped")]
-
-
-def listing(directory: Path) -> dict[str, tuple[int, str]]:
-    """Each file with its time and its content."""
-    return {
-        str(path.relative_to(directory)): (
-            path.lstat().st_mtime_ns,
-            os.readlink(path)
-            if path.is_symlink()
-            else hashlib.sha256(path.read_bytes()).hexdigest(),
-        )
-        for path in sorted(directory.rglob("*"))
-        if path.is_symlink() or path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -105,20 +68,8 @@ def run(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-class Payload:
-    """Runs when it is unpickled without care."""
-
-    def __init__(self, mark: Path) -> None:
-        self._mark = mark
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self._mark),)
-
-
 def _flip(iteration: Path) -> None:
-    content = bytearray((iteration / DATA).read_bytes())
-    content[len(content) // 2] ^= 1
-    (iteration / DATA).write_bytes(content)
+    flip_bit(iteration / DATA)
 
 
 def _truncate(iteration: Path) -> None:
@@ -363,37 +314,25 @@ def test_a_disk_that_fills_up(
     assert (run / POINTER).read_text() == str(STEPS)
 
 
-@pytest.fixture
-def small_disk(folder: Path, tmp_path: Path) -> Iterator[Path]:
-    """A file system of two and a half checkpoints."""
-    size = sum(path.stat().st_size for path in (folder / "whole" / NEWEST).iterdir()) * 5 // 2
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("background", [[], ["--async-save"]])
 def test_a_disk_that_is_full(
-    ranks: RankPools, folder: Path, small_disk: Path, tmp_path: Path, background: list[str]
+    ranks: RankPools, folder: Path, tmp_path: Path, background: list[str]
 ) -> None:
-    run = small_disk / "run"
-    flags = [*flags_of(folder, run), *background]
-    code, error, _ = ranks.run(train, flags, world_size=1)[0]
-    assert code == 1
-    assert f"the disk of {run} is full" in error
-    for number in (1, 2):
-        check_whole(run / f"iter_{number:07d}", checksums=True)
-    assert not (run / NEWEST / MANIFEST).exists()
+    with small_disk(tmp_path / "disk", folder / "whole" / NEWEST) as disk:
+        run = disk / "run"
+        flags = [*flags_of(folder, run), *background]
+        code, error, _ = ranks.run(train, flags, world_size=1)[0]
+        assert code == 1
+        assert f"the disk of {run} is full" in error
+        for number in (1, 2):
+            check_whole(run / f"iter_{number:07d}", checksums=True)
+        assert not (run / NEWEST / MANIFEST).exists()
 
-    code, error, _ = ranks.run(train, flags, world_size=1)[0]  # full at its start
-    assert code == 1
-    assert f"the disk of {run} is full" in error
-    subprocess.run(["mount", "-o", "remount,size=99m", str(small_disk)], check=True)
-    outcome = ranks.run(train, flags, tmp_path / "steps", world_size=1)[0]
-    assert outcome[:2] == (0, "")
-    assert recorded(tmp_path / "steps") == recorded(folder / "steps")[2:]
-    assert (run / POINTER).read_text() == str(STEPS)
+        code, error, _ = ranks.run(train, flags, world_size=1)[0]  # full at its start
+        assert code == 1
+        assert f"the disk of {run} is full" in error
+        subprocess.run(["mount", "-o", "remount,size=99m", str(disk)], check=True)
+        outcome = ranks.run(train, flags, tmp_path / "steps", world_size=1)[0]
+        assert outcome[:2] == (0, "")
+        assert recorded(tmp_path / "steps") == recorded(folder / "steps")[2:]
+        assert (run / POINTER).read_text() == str(STEPS)

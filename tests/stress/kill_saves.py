@@ -34,8 +34,12 @@ TIMEOUT = 300.0  # seconds
 ANYWHERE = 2.0  # seconds in which a start, and some steps after it, fall
 IN_A_SAVE = 0.05  # seconds after a save has begun
 POINTER = "latest_checkpointed_iteration.txt"
-MODES = [(ranks, background) for ranks in (1, 2) for background in (False, True)]
-"""Ranks, and whether they save in the background."""
+FOREGROUND, BACKGROUND, RANK_FILES = (), ("--async-save",), ("--ckpt-format", "torch")
+MODES = [
+    *((ranks, flags) for ranks in (1, 2) for flags in (FOREGROUND, BACKGROUND)),
+    (2, RANK_FILES),
+]
+"""Ranks, and flags of how they save."""
 
 Killed = Counter[str]
 """Where kills fell: `inside` of a save, `pointer` for between its manifest and its pointer, or
@@ -60,19 +64,19 @@ class Campaign:
     Attributes:
         folder: of the data, and of files that it makes.
         world_size: ranks.
-        background: whether they save in the background.
+        flags: of how they save.
         killed: where the kills fell.
     """
 
     folder: Path
     world_size: int
-    background: bool
+    flags: tuple[str, ...]
     seed: int
     killed: Killed = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self._random = random.Random(f"{self.seed} {self.world_size} {self.background}")
-        name = f"{self.world_size} {self.background}"
+        name = " ".join([str(self.world_size), *self.flags])
+        self._random = random.Random(f"{self.seed} {name}")
         self._run, self._steps = self.folder / f"run {name}", self.folder / f"steps {name}"
         # One for both: how a run saves changes none of its steps.
         reference = self.folder / f"reference {self.world_size}"
@@ -121,7 +125,7 @@ class Campaign:
 
     def _check_nothing_lost(self, before: int, steps: list[tuple[int, str]]) -> None:
         """When a step has ended, that before it is saved; in the background, that before this."""
-        unsaved = 2 if self.background else 1
+        unsaved = 2 if self.flags == BACKGROUND else 1
         last = steps[-1][0] if steps else before
         newest = newest_whole(self._run)
         assert newest >= max(before, last - unsaved), f"{newest} is whole, {before} was, of {last}"
@@ -158,13 +162,12 @@ class Campaign:
     @contextlib.contextmanager
     def _start(self, run: Path, steps: Path) -> Iterator[tuple[list[int], Future[list[int]]]]:
         """Ranks that train, each the first of a group of processes."""
-        background = ["--async-save"] if self.background else []
         flags = training_flags(
             self.folder / "data",
             *("--save", str(run), "--load", str(run), "--save-interval", "1"),
             *("--optimizer", "adam", "--train-iters", str(STEPS), "--global-batch-size", "4"),
             *("--keep-last-checkpoints", "2", "--data-cache-path", str(self.folder / "cache")),
-            *background,
+            *self.flags,
         )
         pool = RankPool(self.world_size)
         try:
@@ -185,11 +188,11 @@ def kill_saves(folder: Path, kills: int, seed: int, say: Callable[[str], None]) 
     folder.mkdir(exist_ok=True)
     write_dataset(folder / "data")
     total: Killed = Counter()
-    for mode, (world_size, background) in enumerate(MODES):
+    for mode, (world_size, flags) in enumerate(MODES):
         share = len(range(mode, kills, len(MODES)))
-        name = f"{world_size} ranks, {'background' if background else 'foreground'}"
+        name = " ".join([f"{world_size} ranks", *flags])
         began = time.monotonic()
-        campaign = Campaign(folder, world_size, background, seed)
+        campaign = Campaign(folder, world_size, flags, seed)
         campaign.kill(share)
         campaign.finish()
         say(f"{name}: {dict(campaign.killed)} in {time.monotonic() - began:.0f} s")

@@ -19,7 +19,9 @@ from megatron_trinity.checkpoint.reshard import FILE_SHARE, SLICE_SHARE, reshard
 from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_trinity.errors import TrinityError, UsageError
 from tests.checkpoints import (
+    Payload,
     edit_metadata,
+    flip_bit,
     model_args,
     model_tensors,
     read_tensors,
@@ -178,9 +180,7 @@ def cut_a_file(path: Path) -> None:
 
 
 def flip_a_bit(path: Path) -> None:
-    content = bytearray((path / "__1_0.distcp").read_bytes())
-    content[len(content) // 2] ^= 4
-    (path / "__1_0.distcp").write_bytes(content)
+    flip_bit(path / "__1_0.distcp")
 
 
 def lose_a_chunk(path: Path) -> None:
@@ -256,14 +256,8 @@ def test_objects_that_are_more_than_data_are_refused(run: Path, tmp_path: Path) 
     pickle.loads(payload.encode())
     trace.rmdir()
 
-    class Payload:
-        def __reduce__(self) -> tuple[object, ...]:
-            import os
-
-            return os.mkdir, (str(trace),)
-
     bad = tmp_path / "bad"
-    objects = {"rng_state/shard_0.0_1.1": Payload()}
+    objects = {"rng_state/shard_0.0_1.1": Payload(trace)}
     write_checkpoint(bad, {"a": torch.ones(2, 2)}, model_args(), objects=objects)
     with pytest.raises(TrinityError, match=r"rng_state/shard_0\.0_1\.1 .*nothing was executed"):
         reshard(bad, tmp_path / "new")

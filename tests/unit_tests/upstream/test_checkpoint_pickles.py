@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from argparse import Namespace
 from pathlib import Path
@@ -31,18 +30,9 @@ from megatron_trinity.checkpoint.torch_dist_write import (
 )
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.upstream.checkpoint_pickles import load_metadata, load_object
+from tests.checkpoints import Payload
 
 ARGS = Namespace(num_dense_layers=1, params_dtype=torch.bfloat16)
-
-
-class Payload:
-    """Makes a file when it is unpickled the ordinary way."""
-
-    def __init__(self, trace: Path) -> None:
-        self._trace = trace
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self._trace),)
 
 
 def write_checkpoint(directory: Path, common: object) -> Path:
