@@ -27,7 +27,7 @@ from megatron_trinity.checkpoint.hf_mapping import Shape, row_count
 from megatron_trinity.checkpoint.safetensors_files import read_into
 from megatron_trinity.errors import TrinityError, root_cause
 from megatron_trinity.upstream.checkpoint_pickles import load_metadata, load_object
-from megatron_trinity.upstream.checkpoint_tracker import TRACKER
+from megatron_trinity.upstream.checkpoint_tracker import TRACKER, iteration_path
 
 METADATA, CONFIG = ".metadata", "metadata.json"
 RELEASE = "release"
@@ -313,10 +313,12 @@ def find_iteration(directory: Path) -> Path:
     if (directory / METADATA).is_file():
         return directory
     try:
-        name = (directory / TRACKER).read_text().strip()
+        iteration = iteration_path(directory, (directory / TRACKER).read_text())
     except OSError as error:
         raise TrinityError(f"{directory} holds no checkpoint: {TRACKER} is not there") from error
-    iteration = directory / (f"iter_{int(name):07d}" if name.isdigit() else name)
     if not (iteration / METADATA).is_file():
-        raise TrinityError(f"{directory / TRACKER} names {name}, but {iteration} is not whole")
+        raise TrinityError(
+            f"{directory / TRACKER} names {iteration.name}, which has no {METADATA}: it is not "
+            "whole, or not in torch_dist; name the directory of another iteration"
+        )
     return iteration

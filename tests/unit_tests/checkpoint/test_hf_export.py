@@ -312,8 +312,8 @@ def test_a_pointer_to_an_iteration_that_is_gone(
     shutil.copytree(checkpoint, load)
     (load / "iter_0000002/.metadata").unlink()
     message = refusal(ranks, load, tmp_path / "hf")
-    assert "names 2, but" in message
-    assert message.endswith("iter_0000002 is not whole")
+    assert "names iter_0000002, which has no .metadata: it is not whole" in message
+    assert message.endswith("name the directory of another iteration")
 
 
 def test_the_directory_of_an_iteration_is_taken_as_well(
