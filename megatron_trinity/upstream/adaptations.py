@@ -65,6 +65,20 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         apply=_install("cpu.memory"),
     ),
     Adaptation(
+        name="cpu-gloo-devices",
+        symbols=(
+            "torch.distributed.ProcessGroupGloo.__init__",
+            "torch.distributed.ProcessGroupGloo.create_device",
+            "torch.distributed.ProcessGroupGloo.create_default_device",
+            "torch.distributed.ProcessGroupGloo._Options",
+        ),
+        reason="each gloo group has a thread that wakes up a hundred times a second",
+        written_for=_CORE,
+        remove_when="torch shares devices, or gloo's threads sleep until there is something to do",
+        when="without_cuda",
+        apply=_install("cpu.gloo_devices"),
+    ),
+    Adaptation(
         name="cpu-jit",
         symbols=("megatron.core.jit.disable_jit_fuser", "megatron.core.jit.noop_decorator"),
         reason="fusions are compiled for a GPU",
