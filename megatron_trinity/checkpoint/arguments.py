@@ -52,7 +52,7 @@ CHECKPOINT_REFUSALS: tuple[Refusal, ...] = (
         "checkpoint-format",
         lambda a: a.ckpt_format not in FORMATS,
         "--ckpt-format {ckpt_format} makes checkpoints that nothing verifies; use torch_dist, "
-        "which any layout loads",
+        "which any layout loads, and --use-distributed-optimizer in place of FSDP",
     ),
     Refusal(
         "keep-numbers",

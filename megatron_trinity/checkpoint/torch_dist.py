@@ -314,8 +314,10 @@ def find_iteration(directory: Path) -> Path:
         return directory
     try:
         iteration = iteration_path(directory, (directory / TRACKER).read_text())
-    except OSError as error:
+    except FileNotFoundError as error:
         raise TrinityError(f"{directory} holds no checkpoint: {TRACKER} is not there") from error
+    except (OSError, ValueError) as error:
+        raise TrinityError(f"{directory / TRACKER} cannot be read: {error}") from error
     if not (iteration / METADATA).is_file():
         raise TrinityError(
             f"{directory / TRACKER} names {iteration.name}, which has no {METADATA}: it is not "

@@ -316,6 +316,13 @@ def test_a_pointer_to_an_iteration_that_is_gone(
     assert message.endswith("name the directory of another iteration")
 
 
+def test_a_pointer_that_is_no_text(ranks: RankPools, tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(b"\xff\xfe")
+    message = refusal(ranks, tmp_path, tmp_path / "hf")
+    assert "latest_checkpointed_iteration.txt cannot be read: " in message
+    assert "\n" not in message
+
+
 def test_the_directory_of_an_iteration_is_taken_as_well(
     ranks: RankPools, checkpoint: Path, tmp_path: Path
 ) -> None:
