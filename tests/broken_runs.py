@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from megatron_trinity.errors import TrinityError
+from tests.distributed.pool import RankPools
 from tests.steps import recording
-from tests.trainer import run_trainer, training_flags
+from tests.trainer import run_trainer, training_flags, write_dataset
 
 STEPS = 4
 POINTER = "latest_checkpointed_iteration.txt"
@@ -43,6 +44,15 @@ def flags_of(folder: Path, run: Path, *flags: str) -> list[str]:
         *("--lr-decay-iters", "9", "--train-iters", str(STEPS)),
         *("--data-cache-path", str(folder / "cache"), *flags),
     )
+
+
+def train_whole_and_stopped(ranks: RankPools, folder: Path, *flags: str) -> None:
+    """Data; a run of all steps, `whole`, with its `steps`; and one `stopped` at 3, with `flags`."""
+    write_dataset(folder / "data")
+    whole = flags_of(folder, folder / "whole")
+    assert ranks.run(train, whole, folder / "steps", world_size=1)[0][:2] == (0, "")
+    stopped = flags_of(folder, folder / "stopped", *flags, "--exit-interval", "3")
+    assert ranks.run(train, stopped, world_size=1)[0][:2] == (0, "")
 
 
 def warnings_of(outcome: Outcome) -> list[str]:

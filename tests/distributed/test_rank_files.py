@@ -20,12 +20,12 @@ from tests.broken_runs import (
     listing,
     small_disk,
     train,
+    train_whole_and_stopped,
     warnings_of,
 )
 from tests.checkpoints import Payload, flip_bit
 from tests.distributed.pool import RankPools
 from tests.steps import recorded
-from tests.trainer import write_dataset
 
 FILE = "mp_rank_00/model_optim_rng.pt"
 TORCH = ("--ckpt-format", "torch")
@@ -36,11 +36,7 @@ TENSOR_PARALLEL = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 def folder(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, a run of all steps in the other format, and one that has been stopped at 3."""
     folder = tmp_path_factory.mktemp("rank files")
-    write_dataset(folder / "data")
-    whole = flags_of(folder, folder / "whole")
-    assert ranks.run(train, whole, folder / "steps", world_size=1)[0][:2] == (0, "")
-    stopped = flags_of(folder, folder / "stopped", *TORCH, "--exit-interval", "3")
-    assert ranks.run(train, stopped, world_size=1)[0][:2] == (0, "")
+    train_whole_and_stopped(ranks, folder, *TORCH)
     return folder
 
 

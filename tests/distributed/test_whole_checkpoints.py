@@ -23,12 +23,13 @@ from tests.broken_runs import (
     listing,
     small_disk,
     train,
+    train_whole_and_stopped,
     warnings_of,
 )
 from tests.checkpoints import Payload, flip_bit
 from tests.distributed.pool import RankPools
 from tests.steps import recorded
-from tests.trainer import run_trainer, write_dataset
+from tests.trainer import run_trainer
 
 DATA = "__0_0.distcp"
 
@@ -53,11 +54,7 @@ def train_full_disk(rank: int, world_size: int, flags: Sequence[str], full: str)
 def folder(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data, a run of all steps without an interruption, and one that has been stopped at 3."""
     folder = tmp_path_factory.mktemp("whole")
-    write_dataset(folder / "data")
-    whole = flags_of(folder, folder / "whole")
-    assert ranks.run(train, whole, folder / "steps", world_size=1)[0][:2] == (0, "")
-    stopped = flags_of(folder, folder / "stopped", "--exit-interval", "3")
-    assert ranks.run(train, stopped, world_size=1)[0][:2] == (0, "")
+    train_whole_and_stopped(ranks, folder)
     return folder
 
 
