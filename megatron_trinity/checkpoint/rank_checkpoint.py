@@ -6,8 +6,12 @@ from argparse import Namespace
 from pathlib import Path
 from zipfile import is_zipfile
 
-from megatron_trinity.checkpoint.torch_dist import MOMENTUM, READ_ERRORS, unreadable
-from megatron_trinity.errors import TrinityError
+from megatron_trinity.checkpoint.torch_dist import (
+    MOMENTUM,
+    READ_ERRORS,
+    refuse_other_models,
+    unreadable,
+)
 from megatron_trinity.upstream.checkpoint_pickles import load_object
 
 FOLDERS, MODEL_FILE = "mp_rank_*", "model_optim_rng.pt"
@@ -54,5 +58,4 @@ class RankCheckpoint:
             raise unreadable(path, error) from error
         self.has_optimizer = all("optimizer" in state for state in states)
         self.has_momentum = any(name.endswith(MOMENTUM) for name in names)
-        if not hasattr(self.args, "num_dense_layers"):
-            raise TrinityError(f"{path} is a checkpoint of another model, not of Trinity")
+        refuse_other_models(path, self.args)

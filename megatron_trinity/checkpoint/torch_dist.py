@@ -281,8 +281,7 @@ class TorchDistCheckpoint(TorchDistTensors):
             self.iteration: int = self.common["iteration"]
         except READ_ERRORS as error:
             raise unreadable(self.path, error) from error
-        if not hasattr(self.args, "num_dense_layers"):
-            raise TrinityError(f"{self.path} is a checkpoint of another model, not of Trinity")
+        refuse_other_models(self.path, self.args)
 
     def _read_common(self) -> Any:
         legacy = self.path / "common.pt"  # of older versions of megatron-core
@@ -302,6 +301,16 @@ def _refuse_extension(place: Any) -> None:
 def unreadable(path: Path, error: BaseException) -> TrinityError:
     """The error for a directory that cannot be read as a checkpoint."""
     return TrinityError(f"{path} cannot be read as a checkpoint: {root_cause(error)}")
+
+
+def refuse_other_models(path: Path, args: Namespace) -> None:
+    """Refuse what a run of another model than Trinity has saved, going by its arguments.
+
+    Raises:
+        TrinityError: it is one.
+    """
+    if not hasattr(args, "num_dense_layers"):
+        raise TrinityError(f"{path} is a checkpoint of another model, not of Trinity")
 
 
 def find_iteration(directory: Path) -> Path:

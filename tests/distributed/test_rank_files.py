@@ -107,6 +107,7 @@ def test_an_iteration_without_a_manifest(
     assert words in error
     assert "\n" not in error
     assert listing(run) == before
+    assert not (run / "mark").exists()
 
 
 def test_another_layout_is_refused(ranks: RankPools, folder: Path, run: Path) -> None:

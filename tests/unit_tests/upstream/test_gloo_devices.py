@@ -62,3 +62,4 @@ def test_a_device_for_each_interface_that_is_named() -> None:
     assert len(_devices("lo,lo")) == 2
     assert len(_devices("")) == 1
     assert _devices("lo") == _devices("lo")
+    _devices.cache_clear()  # or their threads stay in this process
