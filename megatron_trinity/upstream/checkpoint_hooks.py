@@ -40,11 +40,11 @@ class CheckpointHooks(Protocol):
 _hooks: CheckpointHooks | None = None
 
 
-def set_checkpoint_hooks(hooks: CheckpointHooks | None) -> None:
+def set_checkpoint_hooks(hooks: CheckpointHooks) -> None:
     """Call `hooks` from now on, in the place of those that were set before."""
     global _hooks
     _hooks = hooks
-    call_around_pointer(*((hooks.before_pointer, hooks.after_pointer) if hooks else (None, None)))
+    call_around_pointer(hooks.before_pointer, hooks.after_pointer)
 
 
 def install() -> None:

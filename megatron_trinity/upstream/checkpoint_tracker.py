@@ -53,7 +53,7 @@ def iteration_path(directory: Path, pointer: str) -> Path:
     return directory / (f"iter_{int(name):07d}" if name.isdecimal() else name)
 
 
-def call_around_pointer(before: OnIteration | None, after: OnIteration | None) -> None:
+def call_around_pointer(before: OnIteration, after: OnIteration) -> None:
     """Call these with the directory of the iteration, before and after a pointer moves to it."""
     global _before, _after
     _before, _after = before, after
