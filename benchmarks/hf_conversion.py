@@ -27,10 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AfmoeConfig
 
-from megatron_trinity.checkpoint.hf_config import config_json
-from megatron_trinity.checkpoint.hf_mapping import Shape, entries
-from megatron_trinity.checkpoint.hf_source import INDEX, open_hf_directory
-from megatron_trinity.checkpoint.safetensors_files import lay_out, read_into, write_from
+from megatron_trinity.checkpoint.conversion.rows import Shape
+from megatron_trinity.checkpoint.conversion.tensor_bytes import read_into, write_from
+from megatron_trinity.checkpoint.hf.config import config_json
+from megatron_trinity.checkpoint.hf.mapping import entries
+from megatron_trinity.checkpoint.hf.safetensors_files import lay_out
+from megatron_trinity.checkpoint.hf.source import INDEX, open_hf_directory
 from megatron_trinity.errors import TrinityError, run_command
 
 EXAMPLE = """example:

@@ -161,8 +161,8 @@ class Peer:
         import torch
         from transformers import AfmoeForCausalLM
 
-        from megatron_trinity.checkpoint.hf_config import hf_config_from_args
-        from megatron_trinity.checkpoint.hf_mapping import to_hf
+        from megatron_trinity.checkpoint.hf.config import hf_config_from_args
+        from megatron_trinity.checkpoint.hf.mapping import to_hf
         from megatron_trinity.model.shards import whole_tensors
 
         args = ours.args

@@ -87,7 +87,7 @@ def summarize(run: Path) -> dict[str, object]:
 
 def tokens_per_iteration(checkpoints: Path) -> int:
     """Tokens of a global batch, from the arguments that the checkpoint keeps."""
-    from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint
+    from megatron_trinity.checkpoint.torch_dist.read import TorchDistCheckpoint
 
     args = TorchDistCheckpoint(checkpoints).args
     return int(args.global_batch_size * args.seq_length)

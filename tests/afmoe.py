@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AfmoeConfig
 
-from megatron_trinity.checkpoint.hf_config import config_json
-from megatron_trinity.checkpoint.hf_mapping import Experts, entries
+from megatron_trinity.checkpoint.hf.config import config_json
+from megatron_trinity.checkpoint.hf.mapping import Experts, entries
 
 INDEX = "model.safetensors.index.json"
 

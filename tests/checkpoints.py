@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_trinity.checkpoint.hf_mapping import entries
-from megatron_trinity.checkpoint.manifest import write_manifest
-from megatron_trinity.checkpoint.slices import slices
-from megatron_trinity.checkpoint.torch_dist import COMMON, TorchDistTensors
-from megatron_trinity.checkpoint.torch_dist_write import (
+from megatron_trinity.checkpoint.conversion.slices import slices
+from megatron_trinity.checkpoint.hf.mapping import entries
+from megatron_trinity.checkpoint.torch_dist.read import COMMON, TorchDistTensors
+from megatron_trinity.checkpoint.torch_dist.write import (
     TensorSlice,
     finish,
     object_items,
     plan_files,
     write_file,
 )
+from megatron_trinity.checkpoint.whole.manifest import write_manifest
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.upstream.checkpoint_pickles import load_metadata
 from megatron_trinity.upstream.checkpoint_tracker import TRACKER

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megatron_trinity.validation import REFUSALS
 from tests.distributed.layouts import FEATURES, LAYOUTS, MAX_RANKS, cannot_meet, ranks_of
+from tests.paths import ROOT
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = ROOT / "docs"
 
 
 def refusals() -> str:

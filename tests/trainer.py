@@ -39,7 +39,7 @@ def write_dataset(prefix: Path, documents: int = 120, seed: int = 3) -> None:
 
 def training_flags(data: Path, *flags: str) -> list[str]:
     """The command line of a small run over the dataset `data`; `flags` come last and win."""
-    from megatron_trinity.checkpoint.hf_config import flags_from_hf_config
+    from megatron_trinity.checkpoint.hf.config import flags_from_hf_config
 
     config = afmoe_config(vocab_size=VOCAB_SIZE, num_hidden_layers=4, sliding_window=8)
     run = {

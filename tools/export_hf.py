@@ -5,7 +5,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_trinity.checkpoint.units import add_resource_arguments, memory_and_workers
+from megatron_trinity.checkpoint.conversion.tasks import add_resource_arguments, memory_and_workers
 from megatron_trinity.errors import TrinityError, UsageError, run_command
 
 EXAMPLE = """example:
@@ -76,7 +76,7 @@ def main() -> None:
             raise UsageError(f"--fp8-report: {args.fp8_report.parent} is no directory")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
 
-    from megatron_trinity.checkpoint.allocator import return_freed_memory
+    from megatron_trinity.checkpoint.conversion.allocator import return_freed_memory
     from megatron_trinity.upstream import adapt_megatron
 
     adapt_megatron()
@@ -91,8 +91,8 @@ def main() -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    from megatron_trinity.checkpoint.hf_export import export_hf
-    from megatron_trinity.checkpoint.hf_files import write_json
+    from megatron_trinity.checkpoint.hf.export_hf import export_hf
+    from megatron_trinity.checkpoint.hf.files import write_json
     from megatron_trinity.progress import progress_for_terminal
 
     memory, workers = memory_and_workers(args.memory_gb, args.workers)
@@ -125,7 +125,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    from megatron_trinity.checkpoint.hf_verify import verify_export
+    from megatron_trinity.checkpoint.hf.verify import verify_export
 
     found = verify_export(args.load, args.hf, args.prompt)
     print(

@@ -5,7 +5,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_trinity.checkpoint.units import add_resource_arguments, memory_and_workers
+from megatron_trinity.checkpoint.conversion.tasks import add_resource_arguments, memory_and_workers
 from megatron_trinity.errors import UsageError, run_command
 
 EXAMPLE = """example:
@@ -39,8 +39,8 @@ def main() -> None:
         raise UsageError("--save DIR is needed, or --dry-run")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
 
-    from megatron_trinity.checkpoint.hf_mapping import row_count
-    from megatron_trinity.checkpoint.hf_source import open_hf_directory
+    from megatron_trinity.checkpoint.conversion.rows import row_count
+    from megatron_trinity.checkpoint.hf.source import open_hf_directory
 
     memory, workers = memory_and_workers(arguments.memory_gb, arguments.workers)
     if arguments.dry_run:
@@ -54,13 +54,13 @@ def main() -> None:
         )
         return
 
-    from megatron_trinity.checkpoint.allocator import return_freed_memory
+    from megatron_trinity.checkpoint.conversion.allocator import return_freed_memory
     from megatron_trinity.upstream import adapt_megatron
 
     adapt_megatron()
     return_freed_memory()
 
-    from megatron_trinity.checkpoint.hf_import import import_hf
+    from megatron_trinity.checkpoint.hf.import_hf import import_hf
     from megatron_trinity.progress import progress_for_terminal
 
     done = import_hf(

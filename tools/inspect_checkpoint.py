@@ -63,16 +63,16 @@ def main() -> None:
         raise UsageError(f"--json: {command.json.parent} is no directory")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
 
-    from megatron_trinity.checkpoint.allocator import return_freed_memory
+    from megatron_trinity.checkpoint.conversion.allocator import return_freed_memory
     from megatron_trinity.upstream import adapt_megatron
 
     adapt_megatron()
     return_freed_memory()
 
-    from megatron_trinity.checkpoint.hf_files import write_json
+    from megatron_trinity.checkpoint.hf.files import write_json
     from megatron_trinity.checkpoint.inspect import inspect_checkpoint
     from megatron_trinity.checkpoint.statistics import compare, tensor_statistics
-    from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint
+    from megatron_trinity.checkpoint.torch_dist.read import TorchDistCheckpoint
 
     found: dict[str, Any] = {"iterations": print_iterations(command.directory)}
     inspection = inspect_checkpoint(command.directory, command.checksums)
@@ -104,7 +104,7 @@ def main() -> None:
 def print_iterations(directory: Path) -> dict[str, str | None]:
     """Say which checkpoints there are beside each other, and what is wrong with them."""
     from megatron_trinity.checkpoint.inspect import iterations_of
-    from megatron_trinity.checkpoint.torch_dist import METADATA
+    from megatron_trinity.checkpoint.torch_dist.read import METADATA
 
     run = directory.parent if (directory / METADATA).is_file() else directory
     found = {one.name: one.fault for one in iterations_of(run)}

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from megatron_trinity.checkpoint.arguments import FORMATS
-from megatron_trinity.checkpoint.units import add_resource_arguments, memory_and_workers
+from megatron_trinity.checkpoint.conversion.tasks import add_resource_arguments, memory_and_workers
 from megatron_trinity.errors import UsageError, run_command
 
 EXAMPLE = """example:
@@ -57,7 +57,7 @@ def main() -> None:
         raise UsageError("--format torch has a file a rank: leave out --files")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
 
-    from megatron_trinity.checkpoint.allocator import return_freed_memory
+    from megatron_trinity.checkpoint.conversion.allocator import return_freed_memory
     from megatron_trinity.upstream import adapt_megatron
 
     adapt_megatron()

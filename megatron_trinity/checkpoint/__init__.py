@@ -1,1 +1,1 @@
-"""Checkpoints: the mapping to and from Hugging Face's AfMoE form."""
+"""Checkpoints: written, judged, rewritten, and exchanged with Hugging Face."""

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_trinity.checkpoint.candidates import iterations
-from megatron_trinity.checkpoint.hf_mapping import row_count
-from megatron_trinity.checkpoint.structure import manifest_faults, structure_faults
-from megatron_trinity.checkpoint.torch_dist import (
+from megatron_trinity.checkpoint.conversion.rows import row_count
+from megatron_trinity.checkpoint.torch_dist.read import (
     METADATA,
     OPTIMIZER_PREFIX,
     TorchDistCheckpoint,
     TorchDistTensors,
 )
+from megatron_trinity.checkpoint.whole.candidates import iterations
+from megatron_trinity.checkpoint.whole.structure import manifest_faults, structure_faults
 
 MODEL = (
     "preset",

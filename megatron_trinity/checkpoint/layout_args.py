@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_trinity.checkpoint.hf_config import flags_from_hf_config, hf_config_from_args
+from megatron_trinity.checkpoint.hf.config import flags_from_hf_config, hf_config_from_args
 from megatron_trinity.errors import TrinityError, UsageError
 from megatron_trinity.planning.fake_ranks import build_rank, parse_for_ranks
 

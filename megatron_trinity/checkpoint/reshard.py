@@ -16,25 +16,19 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_trinity.checkpoint.conversion.slices import slices
+from megatron_trinity.checkpoint.conversion.staging import resumable_staging
+from megatron_trinity.checkpoint.conversion.tasks import Report, Task, run_tasks
 from megatron_trinity.checkpoint.layout_args import Layout, args_of_layout, layout_of, with_layout
-from megatron_trinity.checkpoint.manifest import (
-    MANIFEST,
-    FileSum,
-    faults,
-    read_manifest,
-    write_manifest,
-)
-from megatron_trinity.checkpoint.rank_files import rank_jobs, write_rank_file
-from megatron_trinity.checkpoint.slices import slices
-from megatron_trinity.checkpoint.structure import structure_faults
-from megatron_trinity.checkpoint.torch_dist import (
+from megatron_trinity.checkpoint.rank_files.write import rank_jobs, write_rank_file
+from megatron_trinity.checkpoint.torch_dist.read import (
     COMMON,
     METADATA,
     RELEASE,
     TorchDistCheckpoint,
     tensors_of,
 )
-from megatron_trinity.checkpoint.torch_dist_write import (
+from megatron_trinity.checkpoint.torch_dist.write import (
     TensorSlice,
     finish,
     keep,
@@ -43,7 +37,14 @@ from megatron_trinity.checkpoint.torch_dist_write import (
     plan_files,
     write_file,
 )
-from megatron_trinity.checkpoint.units import Report, Unit, resumable_staging, run_units
+from megatron_trinity.checkpoint.whole.manifest import (
+    MANIFEST,
+    FileSum,
+    faults,
+    read_manifest,
+    write_manifest,
+)
+from megatron_trinity.checkpoint.whole.structure import structure_faults
 from megatron_trinity.errors import TrinityError, UsageError
 from megatron_trinity.progress import Progress, SilentProgress
 from megatron_trinity.upstream import adapt_megatron
@@ -81,15 +82,15 @@ class _Planned:
     """What is to be written.
 
     Attributes:
-        units: of the files that hold tensors.
-        work: does a unit's job, in any process.
-        finish: makes the files that the units gave a checkpoint; the argument is what they gave.
+        tasks: of the files that hold tensors.
+        work: does a task's job, in any process.
+        finish: makes the files that the tasks gave a checkpoint; the argument is what they gave.
         fingerprint: what it depends on beside the source.
-        settle: waits until the disk has what a unit gave.
+        settle: waits until the disk has what a task gave.
         prepare: what another process has to do first.
     """
 
-    units: list[Unit]
+    tasks: list[Task]
     work: Callable[[Any, Report], Any]
     finish: Callable[[list[Any]], None]
     fingerprint: str
@@ -161,8 +162,8 @@ def reshard(
         planned = _plan_torch_dist(source, staged, common, optimizer, files, share)
         if not optimizer:
             notes.append("no optimizer state: load it with --no-load-optim or --finetune")
-    needed = sum(unit.nbytes for unit in planned.units)
-    done = Resharded(target, needed, len(planned.units), notes)
+    needed = sum(task.nbytes for task in planned.tasks)
+    done = Resharded(target, needed, len(planned.tasks), notes)
     if dry_run:
         return done
     stat = (source.path / METADATA).stat()
@@ -170,9 +171,9 @@ def reshard(
     with resumable_staging(target, plan, needed) as staging:
         staged.mkdir(exist_ok=True)
         _check_sums(source.path, staging, workers, show)
-        written = run_units(
+        written = run_tasks(
             planned.work,
-            planned.units,
+            planned.tasks,
             staging,
             workers,
             show(needed),
@@ -197,11 +198,11 @@ def _check_sums(source: Path, staging: Path, workers: int, show: Show) -> None:
     if not (source / MANIFEST).is_file():
         return
     files = read_manifest(source)
-    units = [
-        Unit(f"sum-{number:05d}", expected.bytes, _SumJob(source, name, expected))
+    tasks = [
+        Task(f"sum-{number:05d}", expected.bytes, _SumJob(source, name, expected))
         for number, (name, expected) in enumerate(files.items())
     ]
-    run_units(_check_sum, units, staging, workers, show(sum(unit.nbytes for unit in units)))
+    run_tasks(_check_sum, tasks, staging, workers, show(sum(task.nbytes for task in tasks)))
 
 
 def _check_sum(job: _SumJob, report: Report) -> None:
@@ -228,8 +229,8 @@ def _plan_torch_dist(
     objects, resolve = object_items({COMMON: common}, _objects(source, common["args"]))
     items = [[piece.write_item() for piece in file] for file in dealt]
     plans, metadata = plan_files(staged, [*items, objects])
-    units = [
-        Unit(
+    tasks = [
+        Task(
             f"file-{number:05d}",
             sum(piece.nbytes for piece in file),
             _FileJob(source.path, staged, plan),
@@ -241,7 +242,7 @@ def _plan_torch_dist(
         finish(staged, metadata, [*written, write_file(staged, plans[-1], resolve)])
 
     fingerprint = str([[str(piece) for piece in file] for file in dealt] + [str(common["args"])])
-    return _Planned(units, _write_file, finish_files, fingerprint, settle=partial(keep, staged))
+    return _Planned(tasks, _write_file, finish_files, fingerprint, settle=partial(keep, staged))
 
 
 def _file_count(total: int, files: int | None, memory: int) -> int:
@@ -309,7 +310,7 @@ def _differs(one: Namespace, other: Namespace, *names: str) -> bool:
 def _plan_rank_files(
     source: TorchDistCheckpoint, staged: Path, layout: Layout, steps: int | None
 ) -> _Planned:
-    from megatron_trinity.checkpoint.rank_optimizer import of_one_rank
+    from megatron_trinity.checkpoint.rank_files.optimizer import of_one_rank
 
     args = args_of_layout(source.args, layout)
     stored_args = of_one_rank(with_layout(source.args, args))
@@ -317,15 +318,15 @@ def _plan_rank_files(
     dropped = ("args", "content_metadata", "optimizer", "rerun_state_machine")
     saved = {key: value for key, value in source.common.items() if key not in dropped}
     saved["args"] = stored_args
-    units = [
-        Unit(f"file-{number:05d}", nbytes, job)
+    tasks = [
+        Task(f"file-{number:05d}", nbytes, job)
         for number, (job, nbytes) in enumerate(rank_jobs(source, args, saved, staged, steps))
     ]
 
     def finish_files(written: list[Any]) -> None:
         write_manifest(staged, dict(written))
 
-    return _Planned(units, write_rank_file, finish_files, str(stored_args), prepare=adapt_megatron)
+    return _Planned(tasks, write_rank_file, finish_files, str(stored_args), prepare=adapt_megatron)
 
 
 def _write_file(job: _FileJob, report: Report) -> list[WriteResult]:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_trinity.checkpoint.hf_mapping import Shape
+from megatron_trinity.checkpoint.conversion.rows import Shape
+from megatron_trinity.checkpoint.conversion.slices import not_finite, slices
+from megatron_trinity.checkpoint.conversion.tasks import ByteCounter, Report
 from megatron_trinity.checkpoint.inspect import nbytes
-from megatron_trinity.checkpoint.slices import not_finite, slices
-from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint, TorchDistTensors
-from megatron_trinity.checkpoint.units import ByteCounter, Report
+from megatron_trinity.checkpoint.torch_dist.read import TorchDistCheckpoint, TorchDistTensors
 from megatron_trinity.progress import Progress, SilentProgress
 
 SLICE_SHARE = 16

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.training.utils import print_rank_0
 
-from megatron_trinity.checkpoint.candidates import (
+from megatron_trinity.checkpoint.whole.candidates import (
     discard,
     has_manifest,
     iterations,
@@ -20,7 +20,7 @@ from megatron_trinity.checkpoint.candidates import (
     superfluous,
     sweep,
 )
-from megatron_trinity.checkpoint.manifest import faults, read_manifest, write_manifest
+from megatron_trinity.checkpoint.whole.manifest import faults, read_manifest, write_manifest
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.training.resume import candidates, refuse_skipped, unusable
 from megatron_trinity.upstream.checkpoint_failures import REMEDY, what_failed

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from megatron.training.utils import warn_rank_0
 
-from megatron_trinity.checkpoint.candidates import (
+from megatron_trinity.checkpoint.rank_files.checkpoint import RankCheckpoint, rank_files
+from megatron_trinity.checkpoint.torch_dist.read import RELEASE, TorchDistCheckpoint
+from megatron_trinity.checkpoint.whole.candidates import (
     examine,
     has_manifest,
     is_empty,
     iterations,
     number_of,
 )
-from megatron_trinity.checkpoint.rank_checkpoint import RankCheckpoint, rank_files
-from megatron_trinity.checkpoint.torch_dist import RELEASE, TorchDistCheckpoint
 from megatron_trinity.errors import TrinityError, UsageError
 
 SHOWN = 3

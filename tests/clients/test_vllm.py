@@ -68,8 +68,8 @@ EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def export_all(rank: int, world_size: int, root: Path) -> None:
     """A Megatron checkpoint of each of `CONFIGS`, and `EXPORTS` of those."""
-    from megatron_trinity.checkpoint.hf_export import export_hf
-    from megatron_trinity.checkpoint.hf_import import import_hf
+    from megatron_trinity.checkpoint.hf.export_hf import export_hf
+    from megatron_trinity.checkpoint.hf.import_hf import import_hf
 
     for name in CONFIGS:
         import_hf(root / name, root / f"megatron-{name}")

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.distributed.worker import STACK_SIGNAL, Answer, Call, log_path, serve
+from tests.paths import ROOT
 
 START_TIMEOUT = 300.0  # seconds; a cold disk makes the imports slow
 # After one rank has failed, the others wait for it in a collective for ever. They get this long to
@@ -38,7 +39,7 @@ MAX_THREADS = 500
 
 _FORK_SERVER_ENVIRONMENT = {
     # It finds tests.distributed.preload by this: not every 3.12 hands it our sys.path.
-    "PYTHONPATH": str(Path(__file__).parents[2]),
+    "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
     # These are the tests of the CPU path, on a machine with GPUs too.
     "CUDA_VISIBLE_DEVICES": "",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_trinity.checkpoint.hf_config import flags_from_hf_config
+from megatron_trinity.checkpoint.hf.config import flags_from_hf_config
 from tests.distributed.pool import RankPools
 from tests.trinity import afmoe_config, parse
 
@@ -172,7 +172,7 @@ def train(rank: int, world_size: int, save: Path, flags: tuple[str, ...]) -> Non
 
 
 def saved(rank: int, world_size: int, path: Path) -> dict[str, Tensor]:
-    from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint
+    from megatron_trinity.checkpoint.torch_dist.read import TorchDistCheckpoint
 
     checkpoint = TorchDistCheckpoint(path)
     assert checkpoint.iteration == 2

@@ -108,7 +108,7 @@ def plain_adamw(weight: Tensor, gradients: Sequence[Tensor]) -> Tensor:
 
 def hf_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Canonical tensors under Hugging Face names, without the expert biases."""
-    from megatron_trinity.checkpoint.hf_mapping import to_hf
+    from megatron_trinity.checkpoint.hf.mapping import to_hf
 
     biases = {f"decoder.layers.{i}.mlp.router.expert_bias": torch.zeros(8) for i in (1, 2, 3)}
     converted = to_hf({**tensors, **biases}, config())

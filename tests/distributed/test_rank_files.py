@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_trinity.checkpoint.manifest import MANIFEST, check_whole
-from megatron_trinity.checkpoint.rank_checkpoint import rank_files
+from megatron_trinity.checkpoint.rank_files.checkpoint import rank_files
+from megatron_trinity.checkpoint.whole.manifest import MANIFEST, check_whole
 from tests.broken_runs import (
     NEWEST,
     POINTER,

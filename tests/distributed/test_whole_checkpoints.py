@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_trinity.checkpoint.manifest import MANIFEST, check_whole
+from megatron_trinity.checkpoint.whole.manifest import MANIFEST, check_whole
 from tests.broken_runs import (
     NEWEST,
     POINTER,

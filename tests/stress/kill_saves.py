@@ -22,8 +22,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_trinity.checkpoint.candidates import iterations, number_of
-from megatron_trinity.checkpoint.manifest import check_whole
+from megatron_trinity.checkpoint.whole.candidates import iterations, number_of
+from megatron_trinity.checkpoint.whole.manifest import check_whole
 from megatron_trinity.errors import TrinityError
 from tests.distributed.pool import RankError, RankPool
 from tests.steps import recorded, run_recorded

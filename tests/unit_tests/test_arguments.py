@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.pool import RankPools
+from tests.paths import ROOT
 
 TINY = ("--preset", "tiny", "--train-iters", "10")
 
@@ -116,7 +117,7 @@ def test_a_trinity_model_by_default(tiny: Any) -> None:
 
 def test_what_wins_over_what(ranks: RankPools, tmp_path: Path) -> None:
     preset = tmp_path / "own.yaml"
-    text = Path(__file__).parents[2] / "megatron_trinity/presets/tiny.yaml"
+    text = ROOT / "megatron_trinity/presets/tiny.yaml"
     preset.write_text(
         text.read_text() + "  norm-epsilon: 1.0e-6\n  distributed-timeout-minutes: 7\n"
     )

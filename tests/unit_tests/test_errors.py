@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from megatron_trinity import errors
 from megatron_trinity.errors import TrinityError, UsageError, report_error, run_command
-
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
 
 
 def run(body: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from megatron_trinity.checkpoint.inspect import inspect_checkpoint, iterations_of
-from megatron_trinity.checkpoint.manifest import write_manifest
+from megatron_trinity.checkpoint.whole.manifest import write_manifest
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.planning.parameters import total_parameters
 from megatron_trinity.planning.sizes import ModelSizes

@@ -14,9 +14,9 @@ import torch
 from megatron_trinity.checkpoint import reshard as module
 from megatron_trinity.checkpoint.inspect import inspect_checkpoint
 from megatron_trinity.checkpoint.layout_args import parse_layout_text
-from megatron_trinity.checkpoint.manifest import write_manifest
 from megatron_trinity.checkpoint.reshard import FILE_SHARE, SLICE_SHARE, reshard
-from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_trinity.checkpoint.torch_dist.read import TorchDistCheckpoint
+from megatron_trinity.checkpoint.whole.manifest import write_manifest
 from megatron_trinity.errors import TrinityError, UsageError
 from tests.checkpoints import (
     Payload,

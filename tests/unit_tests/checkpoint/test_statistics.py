@@ -15,7 +15,7 @@ from megatron_trinity.checkpoint.statistics import (
     compare,
     tensor_statistics,
 )
-from megatron_trinity.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_trinity.checkpoint.torch_dist.read import TorchDistCheckpoint
 from tests.checkpoints import model_args, model_tensors, write_checkpoint
 
 MEMORIES = [SLICE_SHARE * 5000, 2**30]  # slices of some rows, or whole tensors

@@ -24,6 +24,7 @@ from megatron_trinity.data.documents import (
     refuse_output_inside_sources,
 )
 from megatron_trinity.errors import UsageError
+from tests.paths import ROOT
 
 
 def read(
@@ -288,7 +289,7 @@ def test_split_does_not_depend_on_the_process() -> None:
             capture_output=True,
             text=True,
             check=True,
-            cwd=Path(__file__).parents[3],
+            cwd=ROOT,
         ).stdout
         for seed in ("1", "2")
     }

@@ -24,6 +24,7 @@ from megatron_trinity.data import prepare
 from megatron_trinity.data.documents import Document, assign_split
 from megatron_trinity.data.prepare import PrepareRequest, prepare_dataset
 from megatron_trinity.errors import TrinityError, UsageError
+from tests.paths import ROOT
 
 EOD = 1
 
@@ -296,12 +297,11 @@ def test_tokenizer_without_eos(job: PrepareRequest, tokenizer_dir: Path, tmp_pat
 
 
 def command(*arguments: object) -> list[str]:
-    root = Path(__file__).parents[3]
-    return [sys.executable, f"{root}/tools/prepare_data.py", *map(str, arguments)]
+    return [sys.executable, f"{ROOT}/tools/prepare_data.py", *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def test_tool(

@@ -24,6 +24,7 @@ from megatron_trinity.data.tokenizer import (
     train_tokenizer,
 )
 from megatron_trinity.errors import TrinityError, UsageError
+from tests.paths import ROOT
 
 PRE_TOKENIZER = build_pre_tokenizer()
 
@@ -191,10 +192,9 @@ def test_too_small_vocabulary_is_refused() -> None:
 
 
 def run_tool(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[3]
     return subprocess.run(
-        [sys.executable, root / "tools" / "train_tokenizer.py", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(root), **environment},
+        [sys.executable, ROOT / "tools" / "train_tokenizer.py", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         check=False,

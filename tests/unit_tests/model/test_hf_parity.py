@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
-from megatron_trinity.checkpoint.hf_mapping import to_hf, to_trinity
+from megatron_trinity.checkpoint.hf.mapping import to_hf, to_trinity
 from megatron_trinity.model.architecture import initializer_sigma
 from tests.distributed.pool import RankPools
 from tests.trinity import afmoe_config, build, parse

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from megatron_trinity.checkpoint.hf_mapping import entries
+from megatron_trinity.checkpoint.hf.mapping import entries
 from megatron_trinity.model.shards import load_whole_tensors, model_shards, whole_tensors
 from tests.distributed.pool import RankPools
 from tests.trinity import afmoe_config, build, parse

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.paths import ROOT
+
 PIPELINE = ("--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout")
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from megatron_trinity.errors import UsageError
 from megatron_trinity.planning.fake_ranks import parse_layout
 from megatron_trinity.planning.layouts import RECOMMENDED, Layout, layouts_table, recommended
 from megatron_trinity.planning.sizes import ModelSizes
+from tests.paths import ROOT
 from tests.unit_tests.planning.presets import PRESETS
 
-GUIDE = Path(__file__).parents[3] / "docs" / "scale.md"
+GUIDE = ROOT / "docs" / "scale.md"
 NODE = 8
 
 

@@ -21,8 +21,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_trinity.checkpoint.torch_dist import COMMON, TorchDistCheckpoint, TorchDistTensors
-from megatron_trinity.checkpoint.torch_dist_write import (
+from megatron_trinity.checkpoint.torch_dist.read import (
+    COMMON,
+    TorchDistCheckpoint,
+    TorchDistTensors,
+)
+from megatron_trinity.checkpoint.torch_dist.write import (
     finish,
     object_items,
     plan_files,

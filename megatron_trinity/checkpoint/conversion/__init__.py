@@ -1,0 +1,1 @@
+"""What all conversions share: rows, slices that fit into memory, tasks for several processes."""

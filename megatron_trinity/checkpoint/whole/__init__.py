@@ -1,0 +1,1 @@
+"""Whether a checkpoint is whole, and which of a run's checkpoints is loaded and kept."""
