@@ -23,26 +23,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_trinity.errors import TrinityError, root_cause
+from megatron_trinity.model.boxes import Box
 from megatron_trinity.planning.sizes import LayerKind
 from megatron_trinity.upstream import adapt_megatron
 
 DEFAULT_FLAGS = ("--train-iters", "1000000")
 """What Megatron asks for and no layout depends on."""
-
-
-@dataclass(frozen=True)
-class Box:
-    """A part of a canonical tensor, see `megatron_trinity.model.shards`.
-
-    Attributes:
-        start, stop: corners, on every axis of the whole tensor.
-        whole: shape of the whole tensor.
-    """
-
-    key: str
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
-    whole: tuple[int, ...]
 
 
 @dataclass(frozen=True)

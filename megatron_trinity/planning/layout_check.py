@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-import numpy as np
-
-from megatron_trinity.planning.fake_ranks import Box, BuiltRank, Chunk, stage_ranks
+from megatron_trinity.model.boxes import Box, cover
+from megatron_trinity.planning.fake_ranks import BuiltRank, Chunk, stage_ranks
 from megatron_trinity.planning.flops import forward_flops, pairs_of_layers, stage_flops
 from megatron_trinity.planning.parameters import total_parameters, training_state_bytes
 from megatron_trinity.planning.sizes import ModelSizes
@@ -159,35 +158,6 @@ class LayoutCheck:
         for key, (fewest, most) in cover(self._boxes).items():
             if not 0 < fewest == most:
                 yield f"{key}: some values are on {fewest} ranks, others on {most}"
-
-
-def cover(boxes: Mapping[Box, int]) -> dict[str, tuple[int, int]]:
-    """How often each tensor is held, in the place where that is least and where it is most.
-
-    Args:
-        boxes: parts of tensors, and how many ranks hold each.
-    Returns: key to (fewest, most); equal where every value of the tensor is on as many ranks.
-    """
-    of_key: dict[str, list[tuple[Box, int]]] = defaultdict(list)
-    for box, count in boxes.items():
-        of_key[box.key].append((box, count))
-    return {key: _fewest_and_most(parts) for key, parts in of_key.items()}
-
-
-def _fewest_and_most(parts: list[tuple[Box, int]]) -> tuple[int, int]:
-    # The corners of all boxes cut the tensor into cells that no box divides.
-    edges = [
-        np.unique(
-            [0, size, *(edge for box, _ in parts for edge in (box.start[axis], box.stop[axis]))]
-        )
-        for axis, size in enumerate(parts[0][0].whole)
-    ]
-    held = np.zeros([len(edge) - 1 for edge in edges], dtype=np.int64)
-    for box, count in parts:
-        first = (np.searchsorted(edge, at) for edge, at in zip(edges, box.start, strict=True))
-        behind = (np.searchsorted(edge, at) for edge, at in zip(edges, box.stop, strict=True))
-        held[tuple(slice(a, b) for a, b in zip(first, behind, strict=True))] += count
-    return int(held.min()), int(held.max())
 
 
 def _describe(chunk: Chunk) -> str:

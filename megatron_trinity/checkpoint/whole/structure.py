@@ -11,8 +11,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron_trinity.checkpoint.torch_dist.read import CONFIG, METADATA, TorchDistTensors
 from megatron_trinity.checkpoint.whole.manifest import faults, read_manifest
 from megatron_trinity.errors import TrinityError
-from megatron_trinity.planning.fake_ranks import Box
-from megatron_trinity.planning.layout_check import cover
+from megatron_trinity.model.boxes import Box, cover
 
 
 def manifest_faults(directory: Path, checksums: bool) -> Iterator[str]:

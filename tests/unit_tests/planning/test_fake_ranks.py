@@ -11,13 +11,14 @@ import pytest
 import torch.distributed as dist
 
 from megatron_trinity.errors import TrinityError, UsageError
+from megatron_trinity.model.boxes import cover
 from megatron_trinity.planning.fake_ranks import (
     build_rank,
     parse_layout,
     sample_ranks,
     stage_ranks,
 )
-from megatron_trinity.planning.layout_check import BALANCE, LayoutCheck, cover, summary_row
+from megatron_trinity.planning.layout_check import BALANCE, LayoutCheck, summary_row
 from megatron_trinity.planning.layouts import RECOMMENDED, Layout, recommended
 from tests.unit_tests.planning.presets import PRESETS
 from tests.unit_tests.planning.test_layouts import GUIDE

@@ -10,8 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_trinity.planning.fake_ranks import Box, BuiltRank, build_rank, parse_layout
-from megatron_trinity.planning.layout_check import LayoutCheck, cover
+from megatron_trinity.model.boxes import Box, cover
+from megatron_trinity.planning.fake_ranks import BuiltRank, build_rank, parse_layout
+from megatron_trinity.planning.layout_check import LayoutCheck
 
 FLAGS = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2")
 UNEQUAL = "FLOPs; at most 10% from the mean are balanced"
