@@ -82,7 +82,7 @@ class Ours:
         from megatron.training.global_vars import set_global_variables
         from megatron.training.initialize import initialize_megatron
 
-        from megatron_trinity.arguments import parse_arguments
+        from megatron_trinity.arguments.parse import parse_arguments
         from megatron_trinity.model.config import model_config_from_args
         from megatron_trinity.training.micro_batches import MicroBatchRecord
         from megatron_trinity.training.observer import StepObserver

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_trinity.validation import REFUSALS
+from megatron_trinity.arguments.cuda import CUDA_ONLY
+from megatron_trinity.arguments.model import REPLACED_REFUSALS
+from megatron_trinity.arguments.refusal import Refusal, printed
+from megatron_trinity.arguments.refusals import REFUSALS
+from megatron_trinity.arguments.schedule import TOKEN_REFUSALS
 from tests.distributed.layouts import FEATURES, LAYOUTS, MAX_RANKS, cannot_meet, ranks_of
 from tests.paths import ROOT
 
@@ -14,18 +17,40 @@ DOCS = ROOT / "docs"
 
 
 def refusals() -> str:
-    """`validation.REFUSALS`, a line a row."""
-    rows = "\n".join(f"| {row.name} | {_prose(row.message)} |" for row in REFUSALS)
+    """What `arguments/` refuses, a line a row."""
     return f"""# What is refused
 
 These are refused at start, before anything is built, with exit code 2 and one line that says what
-to use instead. Megatron's own checks come after them. The table is
-`megatron_trinity/validation.py`, printed by `python -m tests.pages`; each row has a test.
+to use instead. Megatron's own checks come after them. The tables are those of
+`megatron_trinity/arguments/`, a file a subject, printed by `python -m tests.pages`; each row has a
+test.
 
 | name | what, why, and what to use instead |
 |---|---|
-{rows}
+{_rows(REFUSALS)}
+
+## Before anything follows from what was given
+Megatron's flags whose place a Trinity flag takes, and lengths that do not go together.
+
+| name | what, and what to use instead |
+|---|---|
+{_rows((*REPLACED_REFUSALS, *TOKEN_REFUSALS))}
+
+## What needs CUDA
+Refused on a machine without it, all of them in one line.
+
+| flag | what to do there |
+|---|---|
+{_needs_cuda()}
 """
+
+
+def _rows(table: Iterable[Refusal]) -> str:
+    return "\n".join(f"| {row.name} | {row.printed()} |" for row in table)
+
+
+def _needs_cuda() -> str:
+    return "\n".join(f"| `{rule.flag}` | {printed(rule.instead)} |" for rule in CUDA_ONLY)
 
 
 def layouts() -> str:
@@ -73,13 +98,6 @@ apart, the alltoall dispatcher, AdamW. A "2" or "4" that divides data (EP, ETP) 
 def _code(words: tuple[str, ...]) -> str:
     # A vertical bar would end the cell.
     return f"`{' '.join(words)}`".replace("|", "\\|") if words else ""
-
-
-def _prose(message: str) -> str:
-    """A message without the values of one run: `--flag {flag}` becomes `--flag`."""
-    message = re.sub(r" \{(?!world_size)\w+\}", "", message).replace("{world_size}", "The")
-    message = re.sub(r"--[a-z][a-z-]*[a-z]", lambda flag: f"`{flag[0]}`", message)
-    return message[0].upper() + message[1:]
 
 
 def pages() -> Iterator[tuple[Path, str]]:

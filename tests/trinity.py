@@ -48,7 +48,7 @@ def afmoe_config(**overrides: Any) -> AfmoeConfig:
 
 def parse(config: AfmoeConfig, flags: Sequence[str] = ()) -> Namespace:
     """Parsed arguments of the model that `config` describes."""
-    from megatron_trinity.arguments import parse_arguments
+    from megatron_trinity.arguments.parse import parse_arguments
     from megatron_trinity.checkpoint.hf.config import flags_from_hf_config
 
     args = parse_arguments([*BATCH_FLAGS, *flags_from_hf_config(config), *flags])

@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_trinity.checkpoint.arguments import FORMATS
+from megatron_trinity.arguments.checkpoints import FORMATS
 from megatron_trinity.checkpoint.conversion.tasks import add_resource_arguments, memory_and_workers
 from megatron_trinity.errors import UsageError, run_command
 

@@ -85,7 +85,7 @@ def parse_for_ranks(world_size: int, words: Sequence[str]) -> Namespace:
     Raises:
         UsageError: the trainer would refuse it.
     """
-    from megatron_trinity.arguments import parse_arguments
+    from megatron_trinity.arguments.parse import parse_arguments
     from megatron_trinity.model.config import padded_vocab_size
 
     # Megatron prints every argument.

@@ -10,7 +10,7 @@ from megatron.core.enums import ModelType
 from megatron.training.global_vars import set_global_variables
 from megatron.training.training import pretrain as megatron_pretrain
 
-from megatron_trinity.arguments import parse_arguments
+from megatron_trinity.arguments.parse import parse_arguments
 from megatron_trinity.data.datasets import check_data, check_token_ids, train_valid_test_datasets
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.config import model_config_from_args

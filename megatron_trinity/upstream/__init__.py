@@ -5,15 +5,5 @@ Importing this package changes nothing. See docs/upstream.md.
 """
 
 from megatron_trinity.upstream.adapt import adapt_megatron
-from megatron_trinity.upstream.cpu.arguments import (
-    cpu_argument_defaults,
-    refuse_cuda_only_arguments,
-    set_cpu_defaults,
-)
 
-__all__ = [
-    "adapt_megatron",
-    "cpu_argument_defaults",
-    "refuse_cuda_only_arguments",
-    "set_cpu_defaults",
-]
+__all__ = ["adapt_megatron"]

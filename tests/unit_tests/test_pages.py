@@ -7,7 +7,9 @@ import pytest
 from tests.pages import pages
 
 
-@pytest.mark.parametrize(("path", "text"), pages(), ids=lambda value: getattr(value, "name", ""))
+@pytest.mark.parametrize(
+    ("path", "text"), list(pages()), ids=lambda value: getattr(value, "name", "")
+)
 def test_a_page_is_its_table(path: object, text: str) -> None:
     from pathlib import Path
 

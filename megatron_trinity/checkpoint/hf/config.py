@@ -83,7 +83,7 @@ def args_from_hf_config(config: AfmoeConfig, *flags: str) -> Namespace:
     Raises:
         UsageError: the model is none that this project trains.
     """
-    from megatron_trinity.arguments import parse_arguments
+    from megatron_trinity.arguments.parse import parse_arguments
 
     run = {
         "--seq-length": str(config.max_position_embeddings),

@@ -62,7 +62,7 @@ MODELS = {
 
 def count_parameters(rank: int, world_size: int, preset: str) -> tuple[int, int, int, int]:
     """Total, routed experts', input embedding's; and the entries of all expert biases."""
-    from megatron_trinity.arguments import parse_arguments
+    from megatron_trinity.arguments.parse import parse_arguments
 
     args = parse_arguments(["--preset", preset, "--train-iters", "3000"])
     args.padded_vocab_size = args.vocab_size

@@ -132,7 +132,7 @@ def test_the_seed_decides(ranks: RankPools, weights: dict[str, Tensor]) -> None:
 
 
 def sigma_from_the_width(rank: int, world_size: int) -> tuple[float, float]:
-    from megatron_trinity.arguments import parse_arguments
+    from megatron_trinity.arguments.parse import parse_arguments
 
     def config(*flags: str) -> Any:
         return parse_arguments(["--preset", "tiny", "--train-iters", "1", *flags]).init_method_std

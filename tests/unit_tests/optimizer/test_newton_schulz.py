@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_trinity.arguments.optimizer import COEFFICIENT_TYPES
 from megatron_trinity.optimizer.newton_schulz import (
     coefficient_sets,
     coefficients,
@@ -13,7 +14,6 @@ from megatron_trinity.optimizer.newton_schulz import (
     lr_scale,
     newton_schulz,
 )
-from megatron_trinity.optimizer.refusals import COEFFICIENT_TYPES
 
 DION = [
     (4.0848, -6.8946, 2.9270),

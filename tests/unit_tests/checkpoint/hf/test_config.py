@@ -66,7 +66,7 @@ def test_flags_and_arguments_give_the_configuration_back(ranks: RankPools, case:
 
 
 def preset_there_and_back(rank: int, world_size: int, preset: str) -> tuple[Any, Any]:
-    from megatron_trinity.arguments import parse_arguments
+    from megatron_trinity.arguments.parse import parse_arguments
 
     def described(args: Any) -> dict[str, Any]:
         names = (

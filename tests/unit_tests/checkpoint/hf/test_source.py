@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AfmoeConfig
 
+from megatron_trinity.arguments.presets import load_preset
 from megatron_trinity.checkpoint.hf.config import config_json
 from megatron_trinity.checkpoint.hf.import_hf import import_hf
 from megatron_trinity.checkpoint.hf.mapping import Experts, entries
 from megatron_trinity.checkpoint.hf.source import open_hf_directory, read_config
 from megatron_trinity.errors import TrinityError
-from megatron_trinity.presets import load_preset
 from tests.afmoe import INDEX, random_tensors, write_afmoe
 from tests.paths import ROOT
 from tests.trinity import afmoe_config

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from megatron_trinity.arguments.refusal import told
 from megatron_trinity.errors import UsageError
 
 
@@ -23,7 +24,7 @@ class CudaOnly:
         dest: attribute of the parsed arguments.
         flag: the option as the user writes it.
         needs_cuda: whether a value of `dest` needs CUDA.
-        instead: what to do on a machine without CUDA.
+        instead: what to do on a machine without CUDA, a message as those of `Refusal`.
     """
 
     dest: str
@@ -43,23 +44,11 @@ def _one_of(*values: str) -> Callable[[Any], bool]:
 
 _LEAVE_OUT = "leave it out"
 
-_CUDA_ONLY: tuple[CudaOnly, ...] = (
+CUDA_ONLY: tuple[CudaOnly, ...] = (
     CudaOnly("distributed_backend", "--distributed-backend", _is_not("gloo"), "use gloo"),
     CudaOnly("transformer_impl", "--transformer-impl", _is_not("local"), "use local"),
-    CudaOnly("use_cpu_initialization", "--use-cpu-initialization", _is_not(True), "leave it set"),
-    CudaOnly(
-        "gradient_accumulation_fusion",
-        "--gradient-accumulation-fusion",
-        bool,
-        "use --no-gradient-accumulation-fusion",
-    ),
-    CudaOnly(
-        "masked_softmax_fusion", "--masked-softmax-fusion", bool, "use --no-masked-softmax-fusion"
-    ),
-    CudaOnly("apply_rope_fusion", "--rope-fusion", bool, "use --no-rope-fusion"),
-    CudaOnly("no_persist_layer_norm", "--persist-layer-norm", _is_not(True), "leave it set"),
-    CudaOnly("fp8", "--fp8-format", _is_not(None), "use --bf16 or fp32"),
-    CudaOnly("fp4", "--fp4-format", _is_not(None), "use --bf16 or fp32"),
+    CudaOnly("fp8", "--fp8-format", _is_not(None), "use {--bf16} or fp32"),
+    CudaOnly("fp4", "--fp4-format", _is_not(None), "use {--bf16} or fp32"),
     CudaOnly("fp8_param_gather", "--fp8-param-gather", bool, _LEAVE_OUT),
     CudaOnly("fp4_param_gather", "--fp4-param-gather", bool, _LEAVE_OUT),
     CudaOnly("te_rng_tracker", "--te-rng-tracker", bool, _LEAVE_OUT),
@@ -144,8 +133,8 @@ def refuse_cuda_only_arguments(args: argparse.Namespace) -> None:
         UsageError: lists every such flag, with what to do instead.
     """
     complaints = [
-        f"{rule.flag} ({rule.instead})"
-        for rule in _CUDA_ONLY
+        f"{rule.flag} ({told(rule.instead, args)})"
+        for rule in CUDA_ONLY
         if hasattr(args, rule.dest) and rule.needs_cuda(getattr(args, rule.dest))
     ]
     if complaints:

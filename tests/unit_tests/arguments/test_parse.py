@@ -22,7 +22,7 @@ def parse_each(
     rank: int, world_size: int, command_lines: list[tuple[str, ...]]
 ) -> list[Namespace | tuple[str, str]]:
     """The arguments, or class and message of the error, of each command line."""
-    from megatron_trinity.arguments import parse_arguments
+    from megatron_trinity.arguments.parse import parse_arguments
     from megatron_trinity.errors import TrinityError
 
     results: list[Namespace | tuple[str, str]] = []
@@ -240,7 +240,7 @@ def test_what_is_missing_is_told_in_one_line(ranks: RankPools, flag: str) -> Non
 
 
 def help_text(rank: int, world_size: int) -> tuple[int | str | None, str]:
-    from megatron_trinity.arguments import parse_arguments
+    from megatron_trinity.arguments.parse import parse_arguments
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as left:
@@ -263,7 +263,7 @@ def test_words_default_to_those_of_the_process(ranks: RankPools) -> None:
 
 
 def parse_the_process(rank: int, world_size: int) -> Namespace:
-    from megatron_trinity.arguments import parse_arguments
+    from megatron_trinity.arguments.parse import parse_arguments
 
     saved = sys.argv
     sys.argv = ["pretrain_trinity.py", *TINY]
@@ -275,7 +275,7 @@ def parse_the_process(rank: int, world_size: int) -> Namespace:
 
 def test_flags_and_refusals_do_not_load_megatron_core() -> None:
     """It takes longer than all the rest of a command's start, and has to be adapted first."""
-    program = "import sys, megatron_trinity.arguments; print('megatron.core' in sys.modules)"
+    program = "import sys, megatron_trinity.arguments.parse; print('megatron.core' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

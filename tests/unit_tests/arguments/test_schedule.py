@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from megatron_trinity.arguments.schedule import derive_schedule, token_count
 from megatron_trinity.errors import UsageError
-from megatron_trinity.optimizer.arguments import derive_schedule, token_count
 from megatron_trinity.upstream.optimizer_factory import set_schedule_start
 from tests.distributed.pool import RankPools
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_trinity.arguments.presets import apply_preset, load_preset, preset_names
 from megatron_trinity.errors import UsageError
-from megatron_trinity.presets import apply_preset, load_preset, preset_names
 from tests.distributed.pool import RankPools
 
 COMMON = {
@@ -66,7 +66,7 @@ SIGMA = {"nano": 0.016, "mini": 0.011, "large": 0.009}
 
 
 def parse(rank: int, world_size: int, name: str, words: tuple[str, ...] = ()) -> Namespace:
-    from megatron_trinity.arguments import parse_arguments
+    from megatron_trinity.arguments.parse import parse_arguments
 
     return parse_arguments(["--preset", name, "--train-iters", "9000", *words])
 

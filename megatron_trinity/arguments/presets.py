@@ -12,12 +12,20 @@ import yaml
 from megatron_trinity.errors import UsageError
 
 BLOCKS = ("megatron", "trinity")
+_FILES = resources.files("megatron_trinity") / "presets"
 
 
 def preset_names() -> list[str]:
     """The names that `--preset` takes."""
-    files = resources.files(__package__).iterdir()
+    files = _FILES.iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def add_preset_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag to `parser`."""
+    parser.add_argument_group(title="trinity").add_argument(
+        "--preset", metavar="NAME", help=f"{', '.join(preset_names())}, or a YAML file"
+    )
 
 
 def load_preset(name_or_path: str) -> dict[str, dict[str, Any]]:
@@ -29,7 +37,7 @@ def load_preset(name_or_path: str) -> dict[str, dict[str, Any]]:
         UsageError: there is no such preset, or it is not a preset.
     """
     if name_or_path in preset_names():
-        text = (resources.files(__package__) / f"{name_or_path}.yaml").read_text()
+        text = (_FILES / f"{name_or_path}.yaml").read_text()
     elif name_or_path.endswith((".yaml", ".yml")) and Path(name_or_path).is_file():
         text = Path(name_or_path).read_text()
     else:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from megatron_trinity.arguments.refusals import REFUSALS, validate
 from megatron_trinity.errors import UsageError
-from megatron_trinity.validation import REFUSALS, validate
 from tests.distributed.pool import RankPools
 
 TP_2: dict[str, Any] = {
@@ -239,7 +239,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 
 
 def tiny_arguments(rank: int, world_size: int) -> Namespace:
-    from megatron_trinity.arguments import parse_arguments
+    from megatron_trinity.arguments.parse import parse_arguments
 
     return parse_arguments(["--preset", "tiny", "--train-iters", "10"])
 
@@ -275,7 +275,7 @@ def test_a_row_refuses_its_cases(tiny: Namespace, name: str, changes: dict[str, 
     with pytest.raises(UsageError) as refused:
         validate(args)
     message = str(refused.value)
-    assert message == row.message.format(**vars(args))
+    assert message == row.told(args)
     assert "\n" not in message
 
 

@@ -1,0 +1,1 @@
+"""The command line: flags, presets and refusals, a file a subject."""
