@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor
 from transformers import AfmoeConfig
 
 from megatron_trinity.checkpoint.hf.config import config_json
-from megatron_trinity.checkpoint.hf.mapping import Experts, entries
+from megatron_trinity.checkpoint.hf.mapping import (
+    Experts,
+    check_names,
+    check_shape,
+    entries,
+    expert_format,
+)
 
 INDEX = "model.safetensors.index.json"
 
@@ -67,3 +74,30 @@ def dequantized(tensors: dict[str, Tensor], suffix: str) -> dict[str, Tensor]:
                 scale = scale.repeat_interleave(size // scale.shape[axis], axis)
             plain[name] *= scale.float()
     return plain
+
+
+def to_trinity(hf: Mapping[str, Tensor], config: AfmoeConfig) -> dict[str, Tensor]:
+    """Convert a whole state dict in memory, with experts in either form.
+
+    Raises:
+        TrinityError: a tensor is missing, left over, or of another shape.
+    """
+    source = {name: tensor for name, tensor in hf.items() if tensor.numel()}
+    table = list(entries(config, expert_format(source)))
+    check_names(source, table)
+    converted = {}
+    for entry in table:
+        for name, shape in entry.hf.items():
+            check_shape(name, tuple(source[name].shape), shape)
+        whole = torch.empty(entry.shape, dtype=source[entry.pieces[0].hf].dtype)
+        for piece in entry.pieces:
+            rows_of(whole, piece.row, piece.rows).copy_(
+                rows_of(source[piece.hf], piece.hf_row, piece.rows)
+            )
+        converted[entry.trinity] = whole
+    return converted
+
+
+def rows_of(tensor: Tensor, row: int, rows: int) -> Tensor:
+    """Rows of a tensor, counted over all axes but the last."""
+    return tensor.detach().reshape(-1, tensor.shape[-1])[row : row + rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import runpy
@@ -24,7 +25,12 @@ from megatron_trinity.checkpoint.torch_dist.write import (
     plan_files,
     write_file,
 )
-from megatron_trinity.checkpoint.whole.manifest import write_manifest
+from megatron_trinity.checkpoint.whole.manifest import (
+    faults,
+    read_manifest,
+    strangers,
+    write_manifest,
+)
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.upstream.checkpoint_pickles import load_metadata
 from megatron_trinity.upstream.checkpoint_tracker import TRACKER
@@ -131,3 +137,16 @@ def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def check_whole(directory: Path, checksums: bool) -> None:
+    """Refuse a directory that is not what was saved.
+
+    Raises:
+        TrinityError: in one line, what is wrong with the first file that is.
+    """
+    files = read_manifest(directory)
+    found = itertools.chain(strangers(directory, files), faults(directory, files, checksums))
+    fault = next(found, None)
+    if fault is not None:
+        raise TrinityError(f"{directory} is not whole: {fault}")

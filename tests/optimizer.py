@@ -119,7 +119,8 @@ def _build_model(args: Any, weights: Mapping[str, Tensor]) -> Any:
         set_defaults_if_not_set_tensor_model_parallel_attributes,
     )
 
-    from megatron_trinity.model.shards import load_whole_tensors, model_shards
+    from megatron_trinity.model.shards import model_shards
+    from tests.trinity import load_whole_tensors
 
     model = build(args)
     for parameter in model.parameters():

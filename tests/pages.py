@@ -10,6 +10,7 @@ from megatron_trinity.arguments.model import REPLACED_REFUSALS
 from megatron_trinity.arguments.refusal import Refusal, printed
 from megatron_trinity.arguments.refusals import REFUSALS
 from megatron_trinity.arguments.schedule import TOKEN_REFUSALS
+from megatron_trinity.planning.layouts import RECOMMENDED
 from tests.distributed.layouts import FEATURES, LAYOUTS, MAX_RANKS, cannot_meet, ranks_of
 from tests.paths import ROOT
 
@@ -93,6 +94,21 @@ apart, the alltoall dispatcher, AdamW. A "2" or "4" that divides data (EP, ETP) 
 |---|---|---|
 {pairs}
 """
+
+
+def recommended_layouts() -> str:
+    """The table of docs/scale.md."""
+    rows = [
+        f"| {layout.preset} | {layout.world_size} | `{_quoted(layout.flags)}` |"
+        for layout in RECOMMENDED
+    ]
+    return "\n".join(["| preset | GPUs | flags |", "|---|---|---|", *rows])
+
+
+def _quoted(flags: tuple[str, ...]) -> str:
+    # What a shell would take apart is quoted, and a bar would end a cell of the table.
+    words = (f"'{word}'" if "|" in word else word for word in flags)
+    return " ".join(words).replace("|", "\\|")
 
 
 def _code(words: tuple[str, ...]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import AfmoeConfig
 
 # Always there: what the trainer needs and a test of the model does not care about.
@@ -75,3 +77,23 @@ def build(args: Namespace) -> Any:
     tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return TrinityModelBuilder(model_config_from_args(args)).build_model(groups)
+
+
+def load_whole_tensors(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Copy this rank's part of each canonical tensor into `model`, in place.
+
+    Raises:
+        KeyError: a tensor of the model is missing from `tensors`.
+        ValueError: a shape differs.
+    """
+    from megatron_trinity.model.shards import model_shards
+
+    with torch.no_grad():
+        for shard in model_shards(model):
+            whole = tensors[shard.key]
+            if tuple(whole.shape) != shard.global_shape:
+                raise ValueError(
+                    f"{shard.key}: the model has {list(shard.global_shape)}, "
+                    f"the source has {list(whole.shape)}"
+                )
+            shard.data.copy_(shard.of(whole[shard.index]))

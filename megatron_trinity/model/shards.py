@@ -154,24 +154,6 @@ def model_shards(model: MegatronModule) -> Iterator[Shard]:
         )
 
 
-def load_whole_tensors(model: MegatronModule, tensors: Mapping[str, Tensor]) -> None:
-    """Copy this rank's part of each canonical tensor into `model`, in place.
-
-    Raises:
-        KeyError: a tensor of the model is missing from `tensors`.
-        ValueError: a shape differs.
-    """
-    with torch.no_grad():
-        for shard in model_shards(model):
-            whole = tensors[shard.key]
-            if tuple(whole.shape) != shard.global_shape:
-                raise ValueError(
-                    f"{shard.key}: the model has {list(shard.global_shape)}, "
-                    f"the source has {list(whole.shape)}"
-                )
-            shard.data.copy_(shard.of(whole[shard.index]))
-
-
 def whole_tensors(model: MegatronModule) -> dict[str, Tensor]:
     """Canonical name to a copy of the whole tensor, for a model that lies on one rank."""
     tensors: dict[str, Tensor] = {}

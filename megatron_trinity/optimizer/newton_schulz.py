@@ -24,11 +24,6 @@ REPEAT_LAST = ("polar_express", "cans", "deepseekv4")
 EPS = 1e-7  # of the norm that a matrix is divided by, as in emerging-optimizers
 
 
-def coefficient_sets() -> tuple[str, ...]:
-    """Names that `coefficients` knows."""
-    return tuple(_COEFFICIENT_SETS)
-
-
 def coefficients(name: str, steps: int) -> list[tuple[float, float, float]]:
     """`(a, b, c)` of each step, from emerging-optimizers; `quintic` holds those of Dion.
 

@@ -70,18 +70,3 @@ def recommended(preset: str, world_size: int) -> Layout:
         f"no layout is recommended for {preset} on {world_size} ranks (there are: {known}); "
         "give Megatron's flags for one of your own"
     )
-
-
-def layouts_table() -> str:
-    """The table in Markdown."""
-    rows = [
-        f"| {layout.preset} | {layout.world_size} | `{_command_line(layout.flags)}` |"
-        for layout in RECOMMENDED
-    ]
-    return "\n".join(["| preset | GPUs | flags |", "|---|---|---|", *rows])
-
-
-def _command_line(flags: tuple[str, ...]) -> str:
-    # What a shell would take apart is quoted, and a bar would end a cell of the table.
-    words = (f"'{word}'" if "|" in word else word for word in flags)
-    return " ".join(words).replace("|", "\\|")

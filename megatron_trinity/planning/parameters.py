@@ -29,17 +29,9 @@ def layer_parameters(sizes: ModelSizes, kind: LayerKind, experts: int) -> int:
 
 def total_parameters(sizes: ModelSizes, vocab_size: int | None = None) -> int:
     """Of the whole model; `vocab_size` counts the rows that pad the vocabulary as well."""
-    return _parameters(sizes, sizes.num_experts, vocab_size)
-
-
-def active_parameters(sizes: ModelSizes) -> int:
-    """Those that one token meets: the experts that it takes, embedding and LM head."""
-    return _parameters(sizes, sizes.topk)
-
-
-def _parameters(sizes: ModelSizes, experts: int, vocab_size: int | None = None) -> int:
     vocab_size = sizes.vocab_size if vocab_size is None else vocab_size
-    layers = sum(layer_parameters(sizes, kind, experts) for kind in sizes.layer_kinds())
+    kinds = sizes.layer_kinds()
+    layers = sum(layer_parameters(sizes, kind, sizes.num_experts) for kind in kinds)
     return layers + sizes.hidden_size * (2 * vocab_size + 1)
 
 

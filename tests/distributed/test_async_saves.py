@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_trinity.checkpoint.whole.manifest import MANIFEST, check_whole
+from megatron_trinity.checkpoint.whole.manifest import MANIFEST
 from megatron_trinity.upstream.checkpoint_sums import take_sums
+from tests.checkpoints import check_whole
 from tests.distributed.pool import RankPools
 from tests.distributed.test_whole_checkpoints import (
     POINTER,

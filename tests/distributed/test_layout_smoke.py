@@ -85,7 +85,7 @@ def whole(rank: int, world_size: int) -> dict[str, Tensor]:
 def parts(
     rank: int, world_size: int, flags: tuple[str, ...], load: dict[str, Tensor] | None
 ) -> list[tuple[str, tuple[slice, ...], Tensor]]:
-    from megatron_trinity.model.shards import load_whole_tensors
+    from tests.trinity import load_whole_tensors
 
     models = stages(flags)
     if load is not None:

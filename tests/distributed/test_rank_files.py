@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_trinity.checkpoint.rank_files.checkpoint import rank_files
-from megatron_trinity.checkpoint.whole.manifest import MANIFEST, check_whole
+from megatron_trinity.checkpoint.whole.manifest import MANIFEST
 from tests.broken_runs import (
     NEWEST,
     POINTER,
@@ -23,7 +23,7 @@ from tests.broken_runs import (
     train_whole_and_stopped,
     warnings_of,
 )
-from tests.checkpoints import Payload, flip_bit
+from tests.checkpoints import Payload, check_whole, flip_bit
 from tests.distributed.pool import RankPools
 from tests.steps import recorded
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_trinity.checkpoint.whole.manifest import MANIFEST, check_whole
+from megatron_trinity.checkpoint.whole.manifest import MANIFEST
 from tests.broken_runs import (
     NEWEST,
     POINTER,
@@ -26,7 +26,7 @@ from tests.broken_runs import (
     train_whole_and_stopped,
     warnings_of,
 )
-from tests.checkpoints import Payload, flip_bit
+from tests.checkpoints import Payload, check_whole, flip_bit
 from tests.distributed.pool import RankPools
 from tests.steps import recorded
 from tests.trainer import run_trainer

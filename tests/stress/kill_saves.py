@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_trinity.checkpoint.whole.candidates import iterations, number_of
-from megatron_trinity.checkpoint.whole.manifest import check_whole
 from megatron_trinity.errors import TrinityError
+from tests.checkpoints import check_whole
 from tests.distributed.pool import RankError, RankPool
 from tests.steps import recorded, run_recorded
 from tests.trainer import training_flags, write_dataset

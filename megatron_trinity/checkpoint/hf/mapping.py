@@ -282,28 +282,6 @@ def check_shape(name: str, found: Shape, expected: Shape) -> None:
         raise TrinityError(f"{name} has the shape {list(found)}, and not {list(expected)}")
 
 
-def to_trinity(hf: Mapping[str, Tensor], config: AfmoeConfig) -> dict[str, Tensor]:
-    """Convert a whole state dict in memory, with experts in either form.
-
-    Raises:
-        TrinityError: a tensor is missing, left over, or of another shape.
-    """
-    source = {name: tensor for name, tensor in hf.items() if tensor.numel()}
-    table = list(entries(config, expert_format(source)))
-    check_names(source, table)
-    converted = {}
-    for entry in table:
-        for name, shape in entry.hf.items():
-            check_shape(name, tuple(source[name].shape), shape)
-        whole = torch.empty(entry.shape, dtype=source[entry.pieces[0].hf].dtype)
-        for piece in entry.pieces:
-            _rows(whole, piece.row, piece.rows).copy_(
-                _rows(source[piece.hf], piece.hf_row, piece.rows)
-            )
-        converted[entry.trinity] = whole
-    return converted
-
-
 def to_hf(
     trinity: Mapping[str, Tensor], config: AfmoeConfig, experts: Experts = "per-expert"
 ) -> dict[str, Tensor]:

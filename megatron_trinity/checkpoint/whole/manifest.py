@@ -5,7 +5,6 @@ It is written when all other files are on the disk, so a directory without one i
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -90,16 +89,3 @@ def strangers(directory: Path, files: Mapping[str, FileSum]) -> Iterator[str]:
     for path in sorted(directory.iterdir()):
         if path.name not in known and path.name != MANIFEST and not path.name.startswith("."):
             yield f"{path.name} was not saved with it"
-
-
-def check_whole(directory: Path, checksums: bool) -> None:
-    """Refuse a directory that is not what was saved.
-
-    Raises:
-        TrinityError: in one line, what is wrong with the first file that is.
-    """
-    files = read_manifest(directory)
-    found = itertools.chain(strangers(directory, files), faults(directory, files, checksums))
-    fault = next(found, None)
-    if fault is not None:
-        raise TrinityError(f"{directory} is not whole: {fault}")

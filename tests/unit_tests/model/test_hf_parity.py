@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
-from megatron_trinity.checkpoint.hf.mapping import to_hf, to_trinity
+from megatron_trinity.checkpoint.hf.mapping import to_hf
 from megatron_trinity.model.architecture import initializer_sigma
+from tests.afmoe import to_trinity
 from tests.distributed.pool import RankPools
 from tests.trinity import afmoe_config, build, parse
 
@@ -70,7 +71,7 @@ def random_hf_model(config: AfmoeConfig, dtype: torch.dtype) -> Any:
 def ours_from(hf_model: Any, config: AfmoeConfig, flags: tuple[str, ...] = ()) -> Any:
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_trinity.model.shards import load_whole_tensors
+    from tests.trinity import load_whole_tensors
 
     model = build(parse(config, flags))
     if "--bf16" in flags:

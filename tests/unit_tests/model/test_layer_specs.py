@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_trinity.checkpoint.hf.mapping import entries
-from megatron_trinity.model.shards import load_whole_tensors, model_shards, whole_tensors
+from megatron_trinity.model.shards import model_shards, whole_tensors
 from tests.distributed.pool import RankPools
-from tests.trinity import afmoe_config, build, parse
+from tests.trinity import afmoe_config, build, load_whole_tensors, parse
 
 TOKENS = torch.arange(40)[None] * 3
 

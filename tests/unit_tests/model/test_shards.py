@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_trinity.model.shards import Shard, load_whole_tensors, model_shards, whole_tensors
+from megatron_trinity.model.shards import Shard, model_shards, whole_tensors
 from tests.distributed.pool import RankPools
-from tests.trinity import afmoe_config, build, parse
+from tests.trinity import afmoe_config, build, load_whole_tensors, parse
 
 EXPERTS = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
 

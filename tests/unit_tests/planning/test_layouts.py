@@ -6,8 +6,9 @@ import pytest
 
 from megatron_trinity.errors import UsageError
 from megatron_trinity.planning.fake_ranks import parse_layout
-from megatron_trinity.planning.layouts import RECOMMENDED, Layout, layouts_table, recommended
+from megatron_trinity.planning.layouts import RECOMMENDED, Layout, recommended
 from megatron_trinity.planning.sizes import ModelSizes
+from tests.pages import recommended_layouts
 from tests.paths import ROOT
 from tests.unit_tests.planning.presets import PRESETS
 
@@ -46,5 +47,5 @@ def test_a_row_is_found_by_preset_and_ranks() -> None:
 
 
 def test_the_guide_prints_the_table() -> None:
-    assert layouts_table() in GUIDE.read_text()
-    assert len(layouts_table().splitlines()) == 2 + len(RECOMMENDED)
+    assert recommended_layouts() in GUIDE.read_text()
+    assert len(recommended_layouts().splitlines()) == 2 + len(RECOMMENDED)

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AfmoeForCausalLM
 
 from megatron_trinity.checkpoint.hf.config import flags_from_hf_config
-from megatron_trinity.checkpoint.hf.mapping import Experts, to_trinity
-from megatron_trinity.checkpoint.whole.manifest import check_whole
-from tests.afmoe import random_tensors, write_afmoe
+from megatron_trinity.checkpoint.hf.mapping import Experts
+from tests.afmoe import random_tensors, to_trinity, write_afmoe
+from tests.checkpoints import check_whole
 from tests.distributed.pool import RankPools
 from tests.trinity import afmoe_config, build, parse
 from tests.unit_tests.checkpoint.hf.test_export_hf import write_tokenizer

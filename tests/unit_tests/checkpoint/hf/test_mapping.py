@@ -13,16 +13,10 @@ from torch import Tensor
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
 from megatron_trinity.checkpoint.conversion.rows import Piece
-from megatron_trinity.checkpoint.hf.mapping import (
-    LM_HEAD,
-    Experts,
-    entries,
-    prove_bijection,
-    to_hf,
-    to_trinity,
-)
+from megatron_trinity.checkpoint.hf.mapping import LM_HEAD, Experts, entries, prove_bijection, to_hf
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.model.shards import whole_tensors
+from tests.afmoe import to_trinity
 from tests.distributed.pool import RankPools
 from tests.trinity import afmoe_config, build, parse
 

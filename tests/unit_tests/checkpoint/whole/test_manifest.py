@@ -11,12 +11,12 @@ import pytest
 from megatron_trinity.checkpoint.whole.manifest import (
     MANIFEST,
     FileSum,
-    check_whole,
     faults,
     read_manifest,
     write_manifest,
 )
 from megatron_trinity.errors import TrinityError
+from tests.checkpoints import check_whole
 
 FILES = {"a.distcp": b"some bytes", ".metadata": b"", "common.pt": b"\x00\x01"}
 
