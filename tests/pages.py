@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from megatron_trinity.arguments.cuda import CUDA_ONLY
 from megatron_trinity.arguments.model import REPLACED_REFUSALS
@@ -11,6 +12,7 @@ from megatron_trinity.arguments.refusal import Refusal, printed
 from megatron_trinity.arguments.refusals import REFUSALS
 from megatron_trinity.arguments.schedule import TOKEN_REFUSALS
 from megatron_trinity.planning.layouts import RECOMMENDED
+from megatron_trinity.upstream.adaptations import ADAPTATIONS, MODULES
 from tests.distributed.layouts import FEATURES, LAYOUTS, MAX_RANKS, cannot_meet, ranks_of
 from tests.paths import ROOT
 
@@ -52,6 +54,30 @@ def _rows(table: Iterable[Refusal]) -> str:
 
 def _needs_cuda() -> str:
     return "\n".join(f"| `{rule.flag}` | {printed(rule.instead)} |" for rule in CUDA_ONLY)
+
+
+def adaptations(when: str) -> str:
+    """Those of `upstream/` that are made at this time, a line each."""
+    rows = "\n".join(
+        f"| `{a.name}` | {_summary(MODULES[a])} | {a.reason} | {a.remove_when} |"
+        for a in ADAPTATIONS
+        if a.when == when
+    )
+    return f"| name | what it does | why | goes when |\n|---|---|---|---|\n{rows}\n"
+
+
+def _summary(module: ModuleType) -> str:
+    return (module.__doc__ or "").partition("\n")[0].rstrip(".")
+
+
+def upstream() -> str:
+    """docs/upstream.md, with its tables."""
+    text = (DOCS / "upstream.md").read_text()
+    for when in ("always", "without_cuda"):
+        before, mark, rest = text.partition(f"<!-- adaptations: {when} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        text = before + mark + adaptations(when) + end + after
+    return text
 
 
 def layouts() -> str:
@@ -120,6 +146,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     """Path and text of each page."""
     yield DOCS / "refusals.md", refusals()
     yield DOCS / "layouts.md", layouts()
+    yield DOCS / "upstream.md", upstream()
 
 
 if __name__ == "__main__":

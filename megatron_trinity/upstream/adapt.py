@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from megatron_trinity.upstream.adaptations import ADAPTATIONS
+from megatron_trinity.upstream.adaptations import ADAPTATIONS, MODULES
 from megatron_trinity.upstream.registry import Adaptation, check_symbols
 from megatron_trinity.upstream.version import check_version, installed_megatron_core
 
@@ -40,5 +40,5 @@ def adapt_megatron() -> None:
             if adaptation.name in _applied:
                 continue
             check_symbols(adaptation, installed)
-            adaptation.apply()
+            MODULES[adaptation].install()
             _applied.add(adaptation.name)

@@ -1,13 +1,4 @@
-"""A checkpoint that is written in the background has the values of the step that it was saved at.
-
-Reason: Megatron hands CPU tensors to its worker process as they are. Passing a tensor between
-processes moves it into shared memory, so the worker writes whatever training has made of it by
-then. A worker that has ended is waited for without end, and a worker is a new process that has none
-of the adaptations. A scheduler sends SIGTERM to all processes of a job, and those that write the
-last checkpoint would be the first to end.
-Written for: megatron-core 0.19.2.
-Remove when: the worker gets copies of CPU tensors, is deaf to SIGTERM, and its end is an error.
-"""
+"""A checkpoint that is written in the background has the values of the step of its save."""
 
 from __future__ import annotations
 
@@ -20,6 +11,33 @@ from multiprocessing.managers import SyncManager
 from typing import Any
 
 from megatron_trinity.errors import TrinityError
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="async-saves",
+    symbols=(
+        "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
+        ".schedule_async_call",
+        "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
+        ".is_current_async_call_done",
+        "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller.async_loop",
+        "megatron.training.initialize.init_persistent_async_worker",
+        "megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue",
+    ),
+    reason=(
+        "Megatron hands CPU tensors to its worker process as they are. Passing a tensor between "
+        "processes moves it into shared memory, so the worker writes whatever training has made "
+        "of it by then. A worker that has ended is waited for without end, and a worker is a new "
+        "process that has none of the adaptations. A scheduler sends SIGTERM to all processes of "
+        "a job, and those that write the last checkpoint would be the first to end"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when=(
+        "the worker gets copies of CPU tensors, is deaf to SIGTERM, and its end is an error"
+    ),
+    after=("cpu-async-saves",),
+)
+
 
 POLL = 0.1  # seconds
 PR_SET_PDEATHSIG = 1

@@ -1,9 +1,4 @@
-"""A checkpoint that cannot be saved or loaded ends the run with one line that says what to do.
-
-Reason: Megatron lets the errors of many threads, processes and ranks through as tracebacks.
-Written for: megatron-core 0.19.2.
-Remove when: its checkpointing raises one kind of error for them.
-"""
+"""A checkpoint that cannot be saved or loaded ends the run with one line that says what to do."""
 
 from __future__ import annotations
 
@@ -16,6 +11,20 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException  # no subclass of Exception
 
 from megatron_trinity.errors import TrinityError, root_cause
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="checkpoint-failures",
+    symbols=(
+        "megatron.training.training.save_checkpoint",
+        "megatron.training.training.load_checkpoint",
+        "megatron.training.training.maybe_finalize_async_save",
+    ),
+    reason="Megatron lets the errors of many threads, processes and ranks through as tracebacks",
+    written_for="megatron-core 0.19.2",
+    remove_when="megatron-core's checkpointing raises one kind of error for them",
+)
+
 
 SCHEDULE = "OptimizerParamScheduler:"
 """How the errors of Megatron's learning-rate schedule begin."""

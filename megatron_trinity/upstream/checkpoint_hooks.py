@@ -1,11 +1,4 @@
-"""What is called around saving and loading a checkpoint.
-
-Reason: Megatron writes a checkpoint into whatever is left of an earlier one, moves the pointer with
-nothing that says later whether all files are there, starts a save while the one before is being
-written, and loads what the pointer names.
-Written for: megatron-core 0.19.2.
-Remove when: it takes callbacks before and after a save, and before a load.
-"""
+"""What is called around saving and loading a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,6 +12,24 @@ from typing import Any, Protocol
 import torch
 
 from megatron_trinity.upstream.checkpoint_tracker import TRACKER, call_around_pointer
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="checkpoint-hooks",
+    symbols=(
+        "megatron.training.training.save_checkpoint",
+        "megatron.training.training.load_checkpoint",
+        "megatron.training.checkpointing.get_checkpoint_tracker_filename",
+    ),
+    reason=(
+        "Megatron writes a checkpoint into whatever is left of an earlier one, moves the pointer "
+        "with nothing that says later whether all files are there, starts a save while the one "
+        "before is being written, and loads what the pointer names"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when="checkpointing takes callbacks before and after a save, and before a load",
+    after=("checkpoint-failures",),
+)
 
 
 class CheckpointHooks(Protocol):

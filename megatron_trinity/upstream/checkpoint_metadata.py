@@ -1,16 +1,26 @@
-"""Checkpoints say whether they have the momentum of SMEBU.
-
-Reason: what a sharded state dict holds depends on the metadata of the checkpoint that is written or
-read; one without the momentum could not be loaded by a run that has it.
-Written for: megatron-core 0.19.2.
-Remove when: modules can add to the metadata of a checkpoint, or name tensors that may be missing.
-"""
+"""Checkpoints say whether they have the momentum of SMEBU."""
 
 from __future__ import annotations
 
 import functools
 from argparse import Namespace
 from typing import Any
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="checkpoint-metadata",
+    symbols=("megatron.training.checkpointing._build_sharded_state_dict_metadata",),
+    reason=(
+        "what a sharded state dict holds depends on the metadata of the checkpoint that is "
+        "written or read; one without the momentum could not be loaded by a run that has it"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when=(
+        "modules can add to the metadata of a checkpoint, or name tensors that may be missing"
+    ),
+)
+
 
 MOMENTUM = "expert_bias_momentum"
 

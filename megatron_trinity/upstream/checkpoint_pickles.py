@@ -1,10 +1,4 @@
-"""The pickles in a checkpoint are read as data: nothing that they name is executed.
-
-Reason: torch reads `.metadata` with `pickle.load`, and objects with `weights_only=False`, so that
-loading a checkpoint would run whatever its maker put there.
-Written for: megatron-core 0.19.2, torch 2.13.
-Remove when: both are read by restricted unpicklers.
-"""
+"""The pickles in a checkpoint are read as data: nothing that they name is executed."""
 
 from __future__ import annotations
 
@@ -16,6 +10,24 @@ from pathlib import Path, PosixPath
 from typing import IO, Any
 
 import torch
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="checkpoint-pickles",
+    symbols=(
+        "torch.distributed.checkpoint.filesystem.pickle",
+        "torch.distributed.checkpoint.default_planner.DefaultLoadPlanner.load_bytes",
+        "megatron.core.safe_globals.SAFE_GLOBALS",
+    ),
+    reason=(
+        "torch reads `.metadata` with `pickle.load`, and objects with `weights_only=False`, so "
+        "that loading a checkpoint would run whatever its maker put there"
+    ),
+    written_for="megatron-core 0.19.2, torch 2.13",
+    remove_when="metadata and objects are read by restricted unpicklers",
+)
+
 
 _CHECKPOINT = "torch.distributed.checkpoint."
 _ALLOWED: dict[str, frozenset[str]] = {

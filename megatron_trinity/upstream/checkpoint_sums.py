@@ -1,10 +1,7 @@
 """The process that writes a file of a checkpoint computes its checksum.
 
-Reason: Megatron's own checksums (`--verify-integrity`) are computed by rank 0 alone, which reads
-the whole checkpoint while all ranks wait. Here a file's sum goes with the results of writing it,
-from every writer, in the background or not, to the rank that writes `.metadata`.
-Written for: megatron-core 0.19.2.
-Remove when: its writers return checksums of what they have written.
+A file's sum goes with the results of writing it, from every writer, in the background or not, to
+the rank that writes `.metadata`.
 """
 
 from __future__ import annotations
@@ -18,6 +15,23 @@ from typing import Any
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_trinity.file_sums import FileSum, file_sum
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="checkpoint-sums",
+    symbols=(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async"
+        ".FileSystemWriterAsync.write_preloaded_data",
+        "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync.finish",
+    ),
+    reason=(
+        "Megatron's own checksums (`--verify-integrity`) are computed by rank 0 alone, which "
+        "reads the whole checkpoint while all ranks wait"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when="megatron-core's writers return checksums of what they have written",
+)
+
 
 _sums: dict[Path, dict[str, FileSum]] = {}
 """Directory to the sums of its files, from when `.metadata` is written until they are asked for."""

@@ -1,11 +1,4 @@
-"""The pointer to the newest checkpoint moves in one step.
-
-Reason: Megatron opens `latest_checkpointed_iteration.txt` for writing, which empties it, and then
-writes: on a full disk, or if the process ends in between, no checkpoint can be loaded any more. And
-it calls nothing between the last file of a checkpoint and its pointer.
-Written for: megatron-core 0.19.2.
-Remove when: it writes a new file and renames it, and takes callbacks around that.
-"""
+"""The pointer to the newest checkpoint moves in one step."""
 
 from __future__ import annotations
 
@@ -15,6 +8,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="checkpoint-tracker",
+    symbols=("megatron.training.checkpointing.maybe_msc",),
+    reason=(
+        "Megatron opens `latest_checkpointed_iteration.txt` for writing, which empties it, and "
+        "then writes: on a full disk, or if the process ends in between, no checkpoint can be "
+        "loaded any more. And it calls nothing between the last file of a checkpoint and its "
+        "pointer"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when="Megatron writes a new file and renames it, and takes callbacks around that",
+)
+
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

@@ -1,17 +1,13 @@
 """The step counter of torch's Adam inside the distributed optimizer.
 
-Reason: without Transformer Engine or Apex the distributed optimizer runs torch's Adam, whose step
-counter is part of the state of each parameter. Three things go wrong in saving and resuming:
- - the counter is read from those states, and there are none before the first step, nor ever on a
-   rank whose shard is empty: `assert len(steps) == 1` fails (also while loading, since the layout
-   of what is to be loaded is taken from a fresh optimizer);
+Three things go wrong in saving and resuming:
+ - the counter is read from the states of parameters, and there are none before the first step, nor
+   ever on a rank whose shard is empty: `assert len(steps) == 1` fails (also while loading, since
+   the layout of what is to be loaded is taken from a fresh optimizer);
  - after loading, all parameters share one counter tensor, so each step counts once a parameter and
    Adam's bias correction is that of a much later step;
  - loading the parameters' states then overwrites the counter with the one of a fresh optimizer, or,
    in the format for every layout, which has no counter in them, fails with `KeyError: 'step'`.
-Written for: megatron-core 0.19.2.
-Remove when: `DistributedOptimizer.state_dict` takes an optimizer without state, and
-`load_state_dict` leaves each parameter with its own, loaded counter.
 """
 
 from __future__ import annotations
@@ -20,11 +16,32 @@ import functools
 from typing import Any
 
 import torch
-from megatron.core.optimizer import distrib_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="distributed-adam-steps",
+    symbols=(
+        "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict",
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.load_state_dict",
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+        "._set_main_param_and_optimizer_states",
+    ),
+    reason=(
+        "without Transformer Engine or Apex the distributed optimizer runs torch's Adam, whose "
+        "step counter is part of the state of each parameter; saving before the first step "
+        "fails, and a resumed run counts wrongly"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when=(
+        "`DistributedOptimizer.state_dict` takes an optimizer without state, and "
+        "`load_state_dict` leaves each parameter with its own, loaded counter"
+    ),
+)
 
 
-def _keep_own_counter(optimizer: DistributedOptimizer) -> None:
+def _keep_own_counter(optimizer: Any) -> None:
     """Count the steps of a torch optimizer also where it holds no parameters."""
     if optimizer.optimizer is None or hasattr(optimizer, "steps_taken"):
         return
@@ -38,6 +55,9 @@ def _keep_own_counter(optimizer: DistributedOptimizer) -> None:
 
 def install() -> None:
     """Wrap construction, `state_dict` and `load_state_dict` of the distributed optimizer."""
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     original_init = DistributedOptimizer.__init__
@@ -46,12 +66,12 @@ def install() -> None:
     original_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     @functools.wraps(original_init)
-    def __init__(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original_init(self, *args, **kwargs)
         _keep_own_counter(self)
 
     @functools.wraps(original_state_dict)
-    def state_dict(self: DistributedOptimizer) -> dict[str, Any]:
+    def state_dict(self: Any) -> dict[str, Any]:
         if self.optimizer.state:
             return original_state_dict(self)
         inner: dict[str, Any] = self.optimizer.state_dict()
@@ -65,7 +85,7 @@ def install() -> None:
         return result
 
     @functools.wraps(original_load_state_dict)
-    def load_state_dict(self: DistributedOptimizer, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
         steps = {g["step"] for g in state_dict["optimizer"]["param_groups"] if "step" in g}
         original_load_state_dict(self, state_dict)
         if steps:
@@ -78,7 +98,7 @@ def install() -> None:
 
     @functools.wraps(original_set_states)
     def _set_main_param_and_optimizer_states(
-        self: DistributedOptimizer, model_param: torch.Tensor, tensors: dict[str, Any]
+        self: Any, model_param: torch.Tensor, tensors: dict[str, Any]
     ) -> None:
         # What is not a tensor is skipped: the counter comes from the group, in every format.
         original_set_states(self, model_param, {**tensors, "step": None})

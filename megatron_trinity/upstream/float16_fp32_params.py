@@ -1,11 +1,4 @@
-"""Checkpoints of the bf16 optimizer when some parameters of the model are fp32.
-
-Reason: `Float16OptimizerWithFloat16Params` trains fp32 parameters of a bf16 model (norm gains), but
-its state dicts number the parameters as if there were bf16 ones only, and saving fails ("Param id
-69 does not match any model sharded param").
-Written for: megatron-core 0.19.2.
-Remove when: its state dicts count `fp32_from_fp32_groups`.
-"""
+"""Checkpoints of the bf16 optimizer when some parameters of the model are fp32."""
 
 from __future__ import annotations
 
@@ -13,6 +6,24 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="float16-fp32-params",
+    symbols=(
+        "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params.state_dict",
+        "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params.sharded_state_dict",
+        "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params.load_state_dict",
+    ),
+    reason=(
+        "`Float16OptimizerWithFloat16Params` trains fp32 parameters of a bf16 model (norm "
+        "gains), but its state dicts number the parameters as if there were bf16 ones only, and "
+        'saving fails ("Param id 69 does not match any model sharded param")'
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when="the optimizer's state dicts count `fp32_from_fp32_groups`",
+)
 
 
 @contextmanager

@@ -1,18 +1,26 @@
-"""Throughput from the FLOPs of the model that is trained.
-
-Reason: Megatron's count leaves out the output gate and takes every layer for global, so that
-windows count as full attention; of packed documents it knows the sum of squared lengths, from which
-the pairs within a window cannot be had.
-Written for: megatron-core 0.19.2.
-Remove when: the loop asks the model for its FLOPs.
-"""
+"""Throughput from the FLOPs of the model that is trained."""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from typing import Any, Protocol
 
-from megatron_trinity.upstream.registry import rebind
+from megatron_trinity.upstream.registry import Adaptation, rebind
+
+ADAPTATION = Adaptation(
+    name="flops",
+    symbols=(
+        "megatron.training.training.num_floating_point_operations",
+        "megatron.training.training.consume_seqlen_stats_in_iteration",
+    ),
+    reason=(
+        "Megatron's count leaves out the output gate and takes every layer for global, so that "
+        "windows count as full attention; of packed documents it knows the sum of squared "
+        "lengths, from which the pairs within a window cannot be had"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when="the loop asks the model for its FLOPs",
+)
 
 
 class FlopCounter(Protocol):

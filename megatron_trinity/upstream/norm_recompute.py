@@ -1,12 +1,4 @@
-"""Selective recompute of norms without Transformer Engine.
-
-Reason: `CheckpointWithoutOutput` takes its default, no fp8, for fp8, and then asks Transformer
-Engine about it: a NameError where that is not installed. And it compiles a C++ extension while it
-trains, which needs a compiler, ninja and an environment whose path has no space.
-Written for: megatron-core 0.19.2.
-Remove when: `CheckpointWithoutOutput` asks only where Transformer Engine is installed, and compiles
-nothing.
-"""
+"""Selective recompute of norms without Transformer Engine."""
 
 from __future__ import annotations
 
@@ -14,9 +6,27 @@ import functools
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import random as megatron_random
 
-from megatron_trinity.upstream.registry import rebind
+from megatron_trinity.upstream.registry import Adaptation, rebind
+
+ADAPTATION = Adaptation(
+    name="norm-recompute",
+    symbols=(
+        "megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__",
+        "megatron.core.tensor_parallel.random._get_share_storage",
+    ),
+    reason=(
+        "`CheckpointWithoutOutput` takes its default, no fp8, for fp8, and then asks Transformer "
+        "Engine about it: a NameError where that is not installed. And it compiles a C++ "
+        "extension while it trains, which needs a compiler, ninja and an environment whose path "
+        "has no space"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when=(
+        "`CheckpointWithoutOutput` asks only where Transformer Engine is installed, and compiles "
+        "nothing"
+    ),
+)
 
 
 def _copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -28,12 +38,14 @@ def _copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
 
 def install() -> None:
     """Without Transformer Engine nothing is fp8, and the output of a norm is copied, not shared."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
     if megatron_random.HAVE_TE:
         return
     original = megatron_random.CheckpointWithoutOutput.__init__
 
     @functools.wraps(original)
-    def __init__(self: megatron_random.CheckpointWithoutOutput, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         self.fp8 = False
 

@@ -1,18 +1,32 @@
-"""An optimizer, and a learning-rate schedule, that megatron-core does not make.
-
-Reason: `get_megatron_optimizer` knows its own optimizers alone. Its registry of emerging optimizers
-takes a torch optimizer class, but makes one of them for each kind of parameter, tells it neither
-where a fused tensor's matrices are nor who else holds them, and wraps it in an optimizer whose
-state is for one data-parallel size. Its schedule starts with the run and cannot start anew.
-Written for: megatron-core 0.19.2.
-Remove when: the registry takes a whole `MegatronOptimizer`, and the schedule takes where it starts.
-"""
+"""An optimizer, and a learning-rate schedule, that megatron-core does not make."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="optimizer-factory",
+    symbols=(
+        "megatron.training.training.get_megatron_optimizer",
+        "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler.get_lr",
+    ),
+    reason=(
+        "`get_megatron_optimizer` knows its own optimizers alone. Its registry of emerging "
+        "optimizers takes a torch optimizer class, but makes one of them for each kind of "
+        "parameter, tells it neither where a fused tensor's matrices are nor who else holds "
+        "them, and wraps it in an optimizer whose state is for one data-parallel size. Its "
+        "schedule starts with the run and cannot start anew"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when=(
+        "the registry takes a whole `MegatronOptimizer`, and the schedule takes where it starts"
+    ),
+)
+
 
 OptimizerFactory = Callable[[Any, Sequence[Any]], Any]
 

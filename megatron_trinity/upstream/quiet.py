@@ -1,10 +1,6 @@
 """Messages that a user cannot act on, named one by one.
 
-Reason: megatron-core warns at import about optional packages that this project does without on
-purpose, and torch about calls inside megatron-core. Each filter below names one message; anything
-else is shown.
-Written for: megatron-core 0.19.2, torch 2.13.
-Remove when: the message is no longer printed.
+Each filter below names one message; anything else is shown.
 """
 
 from __future__ import annotations
@@ -12,6 +8,20 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="quiet",
+    symbols=("warnings.filterwarnings",),
+    reason=(
+        "megatron-core warns at import about optional packages that this project does without "
+        "on purpose, and torch about calls inside megatron-core"
+    ),
+    written_for="megatron-core 0.19.2, torch 2.13",
+    remove_when="the messages are no longer printed",
+)
+
 
 # Optional packages are the user's choice of installation, not news at each start of each rank.
 _ABSENT_PACKAGES = (

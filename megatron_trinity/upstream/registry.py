@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,14 +14,17 @@ from megatron_trinity.errors import TrinityError
 class Adaptation:
     """One change to an installed package, with the reason for it and its end.
 
+    Each stands at the head of a module that makes the change in its function `install`, and whose
+    docstring begins with what the change is.
+
     Attributes:
         name: short identifier, used in messages.
-        symbols: dotted names of the upstream objects that `apply` replaces or relies on.
+        symbols: dotted names of the upstream objects that are replaced or relied on.
         reason: what goes wrong without it.
-        written_for: the upstream version it was written and tested for.
+        written_for: the upstream versions it was written and tested for.
         remove_when: the upstream change that makes it unnecessary.
         when: "always", or "without_cuda" for the stand-ins of the CPU platform.
-        apply: makes the change; called at most once in a process.
+        after: names of adaptations that have to be made before.
     """
 
     name: str
@@ -30,8 +32,8 @@ class Adaptation:
     reason: str
     written_for: str
     remove_when: str
-    when: Literal["always", "without_cuda"]
-    apply: Callable[[], None]
+    when: Literal["always", "without_cuda"] = "always"
+    after: tuple[str, ...] = ()
 
 
 def resolve(dotted_name: str) -> Any:

@@ -1,10 +1,4 @@
-"""What Megatron's training loop calls after every step, and more values in its log.
-
-Reason: the loop has no hook behind an optimizer step, where it is known whether the step was
-applied; and `training_log` prints and writes only what the loss function reported.
-Written for: megatron-core 0.19.2.
-Remove when: the loop takes callbacks, and metrics from the outside.
-"""
+"""What Megatron's training loop calls after every step, and more values in its log."""
 
 from __future__ import annotations
 
@@ -13,6 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="training-hooks",
+    symbols=(
+        "megatron.training.training.train_step",
+        "megatron.training.training.training_log",
+    ),
+    reason=(
+        "the loop has no hook behind an optimizer step, where it is known whether the step was "
+        "applied; and `training_log` prints and writes only what the loss function reported"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when="the loop takes callbacks, and metrics from the outside",
+)
 
 
 class TrainingHooks(Protocol):

@@ -68,7 +68,7 @@ def _of_adam(
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.training.training import get_megatron_optimizer_config
 
-    from megatron_trinity.upstream.adam_state import WEIGHTS, native_states
+    from megatron_trinity.upstream.parts.canonical_adam import WEIGHTS, native_states
 
     config, overrides = get_megatron_optimizer_config(args)
     for chunk in chunks:

@@ -1,11 +1,7 @@
 """Checkpoints are written in the background by a fork of the trainer.
 
-Reason: Megatron's worker process takes tensors from the devices of its trainer. On the CPU it would
-get them through shared memory, of which a machine may have little, and a file descriptor for each.
 A fork has the memory of the trainer as it was at that moment, and shares what does not change. It
 writes files and takes part in nothing else, so it touches no thread or lock of the process groups.
-Written for: megatron-core 0.19.2.
-Remove when: the worker needs no shared memory for tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +12,26 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_trinity.upstream.async_saves import end_with_parent
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="cpu-async-saves",
+    symbols=(
+        "megatron.core.dist_checkpointing.strategies.async_utils.TemporalAsyncCaller"
+        ".schedule_async_call",
+        "megatron.training.async_utils.init_persistent_async_worker",
+        "megatron.training.initialize.init_persistent_async_worker",
+    ),
+    reason=(
+        "Megatron's worker process takes tensors from the devices of its trainer; on the CPU "
+        "it would get them through shared memory, of which a machine may have little, and a "
+        "file descriptor for each"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when="the worker needs no shared memory for tensors on the CPU",
+    when="without_cuda",
+    after=("cpu-jit",),
+)
 
 
 def fork_for_each_save(rank: int, mp_mode: str) -> None:

@@ -1,11 +1,4 @@
-"""Stand-ins for the device, streams and events of `torch.cuda`.
-
-Reason: megatron-core asks for the current device, waits on streams and synchronises everywhere;
-`device_count()` has to be above zero, or it builds no model-parallel groups. On the CPU every
-operation has ended when its call returns, so streams and events have nothing to do but exist.
-Written for: megatron-core 0.19.2, torch 2.13.
-Remove when: megatron-core goes through a platform interface that has a CPU side.
-"""
+"""Stand-ins for the device, streams and events of `torch.cuda`."""
 
 from __future__ import annotations
 
@@ -16,6 +9,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="cpu-device",
+    symbols=(
+        "torch.cuda.current_device",
+        "torch.cuda.Stream",
+        "torch.cuda.nvtx.range_push",
+    ),
+    reason=(
+        "megatron-core asks for the current device, waits on streams and synchronises "
+        "everywhere; `device_count()` has to be above zero, or it builds no model-parallel "
+        "groups. On the CPU every operation has ended when its call returns, so streams and "
+        "events have nothing to do but exist"
+    ),
+    written_for="megatron-core 0.19.2, torch 2.13",
+    remove_when="megatron-core goes through a platform interface that has a CPU side",
+    when="without_cuda",
+)
+
 
 _CPU = torch.device("cpu")
 

@@ -1,10 +1,4 @@
-"""The gloo process groups of a process share its network devices.
-
-Reason: torch gives each group a device of its own, whose thread wakes up a hundred times a second.
-Megatron makes some twenty groups a rank; eight ranks that do nothing keep two cores busy.
-Written for: megatron-core 0.19.2, torch 2.13.
-Remove when: torch shares devices, or gloo's threads sleep until there is something to do.
-"""
+"""The gloo process groups of a process share its network devices."""
 
 from __future__ import annotations
 
@@ -14,6 +8,26 @@ from datetime import timedelta
 from typing import Any
 
 from torch.distributed import ProcessGroupGloo, Store
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="cpu-gloo-devices",
+    symbols=(
+        "torch.distributed.ProcessGroupGloo.__init__",
+        "torch.distributed.ProcessGroupGloo.create_device",
+        "torch.distributed.ProcessGroupGloo.create_default_device",
+        "torch.distributed.ProcessGroupGloo._Options",
+    ),
+    reason=(
+        "torch gives each group a device of its own, whose thread wakes up a hundred times a "
+        "second. Megatron makes some twenty groups a rank; eight ranks that do nothing keep two "
+        "cores busy"
+    ),
+    written_for="megatron-core 0.19.2, torch 2.13",
+    remove_when="torch shares devices, or gloo's threads sleep until there is something to do",
+    when="without_cuda",
+)
 
 
 @functools.cache

@@ -1,10 +1,4 @@
-"""No `torch.compile` on functions of megatron-core.
-
-Reason: its fusions are compiled for a GPU; on the CPU the first call would look for an accelerator
-and a C++ compiler, and take longer than many runs.
-Written for: megatron-core 0.19.2.
-Remove when: `jit_fuser` does nothing without CUDA.
-"""
+"""No `torch.compile` on functions of megatron-core."""
 
 from __future__ import annotations
 
@@ -15,6 +9,25 @@ from typing import Any
 from unittest import mock
 
 import torch
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="cpu-jit",
+    symbols=(
+        "megatron.core.jit.disable_jit_fuser",
+        "megatron.core.jit.noop_decorator",
+    ),
+    reason=(
+        "megatron-core's fusions are compiled for a GPU; on the CPU the first call would look for "
+        "an accelerator and a C++ compiler, and take longer than many runs"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when="`jit_fuser` does nothing without CUDA",
+    when="without_cuda",
+    # It is the first to import megatron-core.
+    after=("quiet", "cpu-device", "cpu-memory", "cpu-placement"),
+)
 
 
 def _leave_as_is(function: Any = None, **options: Any) -> Any:

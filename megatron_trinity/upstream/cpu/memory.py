@@ -1,10 +1,4 @@
-"""Memory statistics of the process in the place of those of a CUDA device.
-
-Reason: megatron-core logs `torch.cuda.memory_*` and plans by `get_device_properties`; on the CPU
-the numbers that mean the same are the resident memory of the process and the memory of the machine.
-Written for: megatron-core 0.19.2, torch 2.13.
-Remove when: megatron-core asks a platform interface for memory.
-"""
+"""Memory statistics of the process in the place of those of a CUDA device."""
 
 from __future__ import annotations
 
@@ -18,6 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="cpu-memory",
+    symbols=(
+        "torch.cuda.memory_stats",
+        "torch.cuda.get_device_properties",
+    ),
+    reason=(
+        "megatron-core logs `torch.cuda.memory_*` and plans by `get_device_properties`; on the "
+        "CPU the numbers that mean the same are the resident memory of the process and the "
+        "memory of the machine"
+    ),
+    written_for="megatron-core 0.19.2, torch 2.13",
+    remove_when="megatron-core asks a platform interface for memory",
+    when="without_cuda",
+)
+
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")

@@ -1,19 +1,25 @@
-"""Split sizes of the expert all-to-all as numbers, also when they are computed on the CPU.
-
-Reason: `maybe_move_tensor_to_cpu(as_numpy=True)` converts only tensors that come from a CUDA
-device, so on the CPU `all_to_all_single` gets tensors where it needs integers.
-Written for: megatron-core 0.19.2.
-Remove when: the function converts every tensor if `as_numpy` is set.
-"""
+"""Split sizes of the expert all-to-all as numbers, also when they are computed on the CPU."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe import moe_utils
 
-from megatron_trinity.upstream.registry import rebind
+from megatron_trinity.upstream.registry import Adaptation, rebind
+
+ADAPTATION = Adaptation(
+    name="cpu-moe-dispatch",
+    symbols=("megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",),
+    reason=(
+        "`maybe_move_tensor_to_cpu(as_numpy=True)` converts only tensors that come from a CUDA "
+        "device, so on the CPU `all_to_all_single` gets tensors where it needs integers"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when="the function converts every tensor if `as_numpy` is set",
+    when="without_cuda",
+    after=("cpu-jit",),
+)
 
 
 def _maybe_move_tensor_to_cpu(
@@ -24,4 +30,6 @@ def _maybe_move_tensor_to_cpu(
 
 def install() -> None:
     """Replace the function wherever it was imported."""
+    from megatron.core.transformer.moe import moe_utils
+
     rebind(moe_utils.maybe_move_tensor_to_cpu, _maybe_move_tensor_to_cpu)

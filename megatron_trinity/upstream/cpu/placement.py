@@ -1,10 +1,5 @@
 """Tensors asked for on a CUDA device are made on the CPU.
 
-Reason: megatron-core writes `device="cuda"`, integer devices, `.cuda()` and `pin_memory` in some
-five hundred places, and compares `tensor.type()` with `'torch.cuda.FloatTensor'`.
-Written for: megatron-core 0.19.2, torch 2.13.
-Remove when: megatron-core asks the platform for its device instead of naming CUDA.
-
 The functions of torch that take a `device` are wrapped, rather than watched by a
 `TorchFunctionMode`: a mode is called for every torch operation (and only in the thread that
 entered it), the wrappers only where a device can be named, in every thread.
@@ -19,6 +14,26 @@ from typing import Any
 import torch
 from torch.jit import _builtins
 from torch.utils import _device
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="cpu-placement",
+    symbols=(
+        "torch.utils._device._device_constructors",
+        "torch.Tensor.to",
+        "torch.Tensor.type",
+    ),
+    reason=(
+        'megatron-core writes `device="cuda"`, integer devices, `.cuda()` and `pin_memory` in '
+        "some five hundred places, and compares `tensor.type()` with `'torch.cuda.FloatTensor'`"
+    ),
+    written_for="megatron-core 0.19.2, torch 2.13",
+    remove_when="megatron-core asks the platform for its device instead of naming CUDA",
+    when="without_cuda",
+    after=("cpu-device",),
+)
+
 
 _CPU = torch.device("cpu")
 

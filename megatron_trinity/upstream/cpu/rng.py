@@ -1,11 +1,4 @@
-"""The CPU generator in the place of the CUDA one.
-
-Reason: parameters are initialised and dropout is drawn under named states of the CUDA generator
-(`CudaRNGStatesTracker`). Without CUDA the operations draw from torch's CPU generator, so its state
-is the one that has to be seeded, forked, saved and restored.
-Written for: megatron-core 0.19.2, torch 2.13.
-Remove when: megatron-core's tracker takes the generator of the platform.
-"""
+"""The CPU generator in the place of the CUDA one."""
 
 from __future__ import annotations
 
@@ -14,10 +7,29 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_trinity.errors import TrinityError
-from megatron_trinity.upstream.registry import rebind
+from megatron_trinity.upstream.registry import Adaptation, rebind
+
+ADAPTATION = Adaptation(
+    name="cpu-rng",
+    symbols=(
+        "megatron.core.tensor_parallel.random._get_cuda_rng_state",
+        "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+        "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.add",
+        "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork",
+        "megatron.core.tensor_parallel.random.model_parallel_cuda_manual_seed",
+    ),
+    reason=(
+        "parameters are initialised and dropout is drawn under named states of the CUDA "
+        "generator (`CudaRNGStatesTracker`). Without CUDA the operations draw from torch's CPU "
+        "generator, so its state is the one that has to be seeded, forked, saved and restored"
+    ),
+    written_for="megatron-core 0.19.2, torch 2.13",
+    remove_when="megatron-core's tracker takes the generator of the platform",
+    when="without_cuda",
+    after=("cpu-jit",),
+)
 
 
 def _get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -37,10 +49,7 @@ def _manual_seed(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def _fork(
-    self: megatron_random.CudaRNGStatesTracker,
-    name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME,
-) -> Iterator[None]:
+def _fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
     """Run with the state `name`, keep what it becomes, and go back to the state before.
 
     Upstream's also reports draws from the CPU generator as a mistake; here they are the purpose.
@@ -63,6 +72,8 @@ def _fork(
 
 def install() -> None:
     """Seed, save and restore the CPU generator wherever the CUDA one is meant."""
+    from megatron.core.tensor_parallel import random as megatron_random
+
     for module in (torch.cuda, torch.cuda.random):
         setattr(module, "get_rng_state", _get_state)
         setattr(module, "set_rng_state", _set_state)

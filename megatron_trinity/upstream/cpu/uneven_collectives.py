@@ -1,10 +1,4 @@
-"""Gathers and reduce-scatters of unequal parts over gloo.
-
-Reason: with expert and expert-tensor parallelism together, ranks of an expert-tensor group hold
-different numbers of tokens; `all_gather` and `reduce_scatter` take those over NCCL, not over gloo.
-Written for: megatron-core 0.19.2.
-Remove when: gloo takes unequal parts.
-"""
+"""Gathers and reduce-scatters of unequal parts over gloo."""
 
 from __future__ import annotations
 
@@ -15,6 +9,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_trinity.upstream.registry import Adaptation
+
+ADAPTATION = Adaptation(
+    name="cpu-uneven-collectives",
+    symbols=(
+        "megatron.core.tensor_parallel.mappings._gather_along_first_dim",
+        "megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim",
+    ),
+    reason=(
+        "with expert and expert-tensor parallelism together, ranks of an expert-tensor group "
+        "hold different numbers of tokens; `all_gather` and `reduce_scatter` take those over "
+        "NCCL, not over gloo"
+    ),
+    written_for="megatron-core 0.19.2",
+    remove_when="gloo takes unequal parts",
+    when="without_cuda",
+    after=("cpu-jit",),
+)
 
 
 def gather_uneven(part: Tensor, sizes: Sequence[int], group: Any) -> Tensor:

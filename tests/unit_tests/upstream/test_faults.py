@@ -98,8 +98,6 @@ def test_a_rank_without_parameters_counts_steps() -> None:
 def test_data_loaders_leave_the_global_generator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.training.datasets import data_samplers
 
-    from megatron_trinity.upstream import data_loader_rng
-
     args = types.SimpleNamespace(
         dataloader_type="single",
         micro_batch_size=2,
@@ -111,7 +109,6 @@ def test_data_loaders_leave_the_global_generator_alone(monkeypatch: pytest.Monke
         exit_signal_handler=False,
     )
     monkeypatch.setattr(data_samplers, "get_args", lambda: args)
-    monkeypatch.setattr(data_loader_rng, "get_args", lambda: args)
     monkeypatch.setattr(data_samplers.mpu, "get_data_parallel_rank", lambda: 0)
     monkeypatch.setattr(data_samplers.mpu, "get_data_parallel_world_size", lambda: 1)
     loader = data_samplers.build_pretraining_data_loader(list(range(8)), 2)

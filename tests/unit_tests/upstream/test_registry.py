@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import subprocess
 import sys
 import types
 from importlib import metadata
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,14 @@ import pytest
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.upstream import adapt_megatron
 from megatron_trinity.upstream.adapt import needed_adaptations
-from megatron_trinity.upstream.adaptations import ADAPTATIONS
+from megatron_trinity.upstream.adaptations import ADAPTATIONS, MODULES, in_order
 from megatron_trinity.upstream.registry import Adaptation, check_symbols, rebind, resolve
 from megatron_trinity.upstream.version import (
     OVERRIDE_VARIABLE,
     SUPPORTED_MEGATRON_CORE,
     check_version,
 )
+from tests.paths import ROOT
 
 # First 16 hex digits of the SHA-256 of each upstream definition, without comments and layout.
 FINGERPRINTS: dict[str, str] = {
@@ -126,8 +129,6 @@ def _example(**changes: object) -> Adaptation:
         "reason": "r",
         "written_for": "0.19.2",
         "remove_when": "w",
-        "when": "always",
-        "apply": lambda: None,
     }
     return Adaptation(**{**fields, **changes})  # type: ignore[arg-type]
 
@@ -138,7 +139,7 @@ def test_every_symbol_resolves(adaptation: Adaptation) -> None:
     check_symbols(adaptation, metadata.version("megatron-core"))
     assert adaptation.reason
     assert adaptation.remove_when
-    assert adaptation.written_for == "0.19.2"
+    assert adaptation.written_for.startswith("megatron-core 0.19.2")
 
 
 @pytest.mark.parametrize(("name", "symbol"), _megatron_symbols())
@@ -149,7 +150,7 @@ def test_upstream_definitions_are_the_ones_adapted(name: str, symbol: str) -> No
         return
     assert FINGERPRINTS.get(symbol) == found, (
         f"{symbol} is not what adaptation {name!r} was written for: read it again, with the "
-        f"docstring of the adaptation, then record its fingerprint {found!r} here"
+        f"head of the adaptation, then record its fingerprint {found!r} here"
     )
 
 
@@ -157,9 +158,62 @@ def test_no_fingerprint_is_left_over() -> None:
     assert set(FINGERPRINTS) <= {symbol for _, symbol in _megatron_symbols()}
 
 
-def test_names_are_unique() -> None:
-    names = [a.name for a in ADAPTATIONS]
-    assert len(set(names)) == len(names)
+def test_every_adaptation_declares_itself_in_a_file_of_its_name() -> None:
+    assert len(ADAPTATIONS) == len(MODULES)
+    for adaptation, module in MODULES.items():
+        place = module.__name__.removeprefix("megatron_trinity.upstream.")
+        assert adaptation.name == place.replace(".", "-").replace("_", "-")
+        assert (adaptation.when == "without_cuda") == place.startswith("cpu.")
+        assert callable(module.install)
+        assert module.__doc__
+
+
+def test_the_table_is_read_without_megatron_core() -> None:
+    program = (
+        "import sys, megatron_trinity.upstream.adaptations as found;"
+        "print(len(found.ADAPTATIONS), [m for m in sys.modules if m.startswith('megatron.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == f"{len(ADAPTATIONS)} []\n", done.stderr
+
+
+def _behind(name: str) -> set[str]:
+    """Whatever an adaptation is made after, and what those are made after."""
+    after = next(a for a in ADAPTATIONS if a.name == name).after
+    return set(after).union(*map(_behind, after))
+
+
+def test_adaptations_of_one_symbol_say_their_order() -> None:
+    for one, other in combinations(ADAPTATIONS, 2):
+        if set(one.symbols) & set(other.symbols):
+            assert one.name in _behind(other.name), (one.name, other.name)
+
+
+def test_every_import_of_megatron_core_is_behind_the_stand_ins() -> None:
+    order = [a.name for a in ADAPTATIONS]
+    first = min(order.index(a.name) for a in ADAPTATIONS if _touches_megatron(a))
+    assert order[first] == "cpu-jit"
+    assert {"quiet", "cpu-device", "cpu-memory", "cpu-placement"} == _behind("cpu-jit")
+    assert all(
+        "cpu-jit" in _behind(a.name)
+        for a in ADAPTATIONS
+        if a.when == "without_cuda" and _touches_megatron(a) and a.name != "cpu-jit"
+    )
+
+
+def _touches_megatron(adaptation: Adaptation) -> bool:
+    return any(symbol.startswith("megatron.") for symbol in adaptation.symbols)
+
+
+def test_order_is_by_name_but_for_what_comes_after() -> None:
+    cpu = _example(name="z", when="without_cuda")
+    late = _example(name="a", after=("c",))
+    found = in_order([late, _example(name="b"), _example(name="c"), cpu])
+    assert [a.name for a in found] == ["z", "c", "a", "b"]
+    with pytest.raises(KeyError):
+        in_order([_example(after=("gone",))])
+    with pytest.raises(RecursionError):
+        in_order([_example(name="a", after=("b",)), _example(name="b", after=("a",))])
 
 
 def test_with_cuda_no_stand_in_is_installed() -> None:

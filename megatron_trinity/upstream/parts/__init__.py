@@ -1,0 +1,1 @@
+"""What an adaptation is made of where its own file would be too long; imported when it is made."""
