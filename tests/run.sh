@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Environment, lint, types and tests that need no GPU and no vLLM:   bash tests/run.sh [pytest args]
+# The same with every case of crosses, and long runs:                bash tests/run.sh --all
 # Those with vLLM, in an environment of their own that they make:    bash tests/run.sh -m vllm
 # Every check runs even when an earlier one failed; the exit code is the first failure's.
 set -euo pipefail
@@ -12,6 +13,16 @@ cd "$root"
 
 # Ranks are processes: one thread each, or eight of them fight over a laptop's cores.
 export OMP_NUM_THREADS=1
+
+tests="not gpu and not vllm and not slow"
+if [[ ${1:-} == --all ]]; then
+    tests="not gpu and not vllm"
+    shift
+fi
+
+# Half of the tests use one core alone. Each worker has ranks of its own, hence no more than four.
+workers=$(nproc)
+if ((workers > 4)); then workers=4; fi
 
 first_failure=0
 failed=()
@@ -30,8 +41,8 @@ check() {
 check "ruff check" python -m ruff check .
 check "ruff format" python -m ruff format --check .
 check "mypy" python -m mypy
-# pytest keeps the last -m, so one among the arguments replaces this one.
-check "pytest" python -m pytest -m "not gpu and not vllm" "$@"
+# pytest keeps the last -m and -n, so one among the arguments replaces these (-n 0: no workers).
+check "pytest" python -m pytest -m "$tests" -n "$workers" --dist loadfile --durations=10 "$@"
 
 if ((first_failure != 0)); then
     printf 'failed: %s\n' "${failed[*]}" >&2

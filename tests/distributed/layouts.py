@@ -71,8 +71,7 @@ AXES = {feature: axis for axis, features in FEATURES.items() for feature in feat
 
 Layout = tuple[str, ...]
 
-LAYOUTS: tuple[Layout, ...] = (
-    # One feature at a time: what fails here says most.
+ALONE: tuple[Layout, ...] = (
     ("TP 2 + SP",),
     ("TP 2 + SP", "ETP 1"),
     ("PP 2",),
@@ -96,8 +95,11 @@ LAYOUTS: tuple[Layout, ...] = (
     ("documents", "micro-batch 1"),
     ("EP 2", "DP 2", "allgather"),
     ("DP 2", "distributed optimizer", "muon"),
+)
+"""One feature at a time, or with what it needs: what fails here says most."""
+
+CROSSED: tuple[Layout, ...] = (
     ("TP 2 + SP", "EP 2", "ETP 1", "CP 4 all-gather"),
-    # Every two features.
     (
         "TP 2 + SP",
         "VPP 2",
@@ -220,6 +222,9 @@ LAYOUTS: tuple[Layout, ...] = (
     ("uneven PP", "CP 4 all-gather"),
     ("PP 2", "DP 4"),
 )
+"""With those above every two features meet."""
+
+LAYOUTS = (*ALONE, *CROSSED)
 
 
 def flags(layout: Layout) -> tuple[str, ...]:

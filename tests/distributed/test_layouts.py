@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.distributed.layouts import (
     AXES,
+    CROSSED,
     GLOBAL_BATCH,
     HEADS,
     LAYOUTS,
@@ -87,7 +88,10 @@ def references(
     return {kind: train(ranks, data, path / "-".join(("run", *kind)), kind) for kind in kinds}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=" | ".join)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(x, id=" | ".join(x), marks=[pytest.mark.slow] * (x in CROSSED)) for x in LAYOUTS],
+)
 def test_a_layout_gives_the_answer_of_one_rank(
     ranks: RankPools,
     data: Path,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_trinity.errors import UsageError
+from tests.crosses import first
 from tests.distributed.pool import RankPools
 from tests.trinity import afmoe_config, build, parse
 
@@ -78,7 +79,7 @@ def count_parameters(rank: int, world_size: int, preset: str) -> tuple[int, int,
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", first(1, MODELS))
 def test_parameter_counts(ranks: RankPools, name: str) -> None:
     sizes = MODELS[name]
     [(total, experts, embedding, biases)] = ranks.run(count_parameters, name, world_size=1)

@@ -20,6 +20,7 @@ from megatron_trinity.planning.fake_ranks import (
 )
 from megatron_trinity.planning.layout_check import BALANCE, LayoutCheck, summary_row
 from megatron_trinity.planning.layouts import RECOMMENDED, Layout, recommended
+from tests.crosses import first
 from tests.unit_tests.planning.presets import PRESETS
 from tests.unit_tests.planning.test_layouts import GUIDE
 
@@ -28,7 +29,14 @@ EP, ETP = "--expert-model-parallel-size", "--expert-tensor-parallel-size"
 SP, VPP = "--sequence-parallel", "--num-layers-per-virtual-pipeline-stage"
 
 
-@pytest.mark.parametrize("layout", RECOMMENDED, ids=lambda layout: layout.name)
+QUICK = (("nano", 16), ("mini", 64), ("large", 512))
+RECOMMENDED_CASES = [
+    pytest.param(x, id=x.name, marks=[pytest.mark.slow] * ((x.preset, x.world_size) not in QUICK))
+    for x in RECOMMENDED
+]
+
+
+@pytest.mark.parametrize("layout", RECOMMENDED_CASES)
 def test_recommended_layouts(layout: Layout) -> None:
     """First and last rank of each stage: first and last of its data, expert and tensor groups."""
     args = parse_layout(layout.preset, layout.world_size, layout.flags)
@@ -44,7 +52,7 @@ def test_recommended_layouts(layout: Layout) -> None:
     assert summary_row(layout.preset, check) in GUIDE.read_text()
 
 
-@pytest.mark.parametrize(("preset", "world_size"), [("nano", 16), ("mini", 64), ("large", 512)])
+@pytest.mark.parametrize(("preset", "world_size"), first(1, (QUICK[1], QUICK[0], QUICK[2])))
 def test_eight_ranks_of_each_stage_hold_the_whole_model(preset: str, world_size: int) -> None:
     """With EP 8: each expert once, the rest eight times, nothing left out."""
     args = parse_layout(preset, world_size, recommended(preset, world_size).flags)
@@ -69,6 +77,7 @@ def test_eight_ranks_of_each_stage_hold_the_whole_model(preset: str, world_size:
     assert total == PRESETS[preset].total
 
 
+@pytest.mark.slow
 def test_large_in_another_layout() -> None:
     """Tensor parallelism, experts split as well, and a vocabulary that has to be padded."""
     flags = (TP, "8", SP, PP, "4", EP, "8", ETP, "2", "--pipeline-model-parallel-layout")
