@@ -59,7 +59,7 @@ def _needs_cuda() -> str:
 def adaptations(when: str) -> str:
     """Those of `upstream/` that are made at this time, a line each."""
     rows = "\n".join(
-        f"| `{a.name}` | {_summary(MODULES[a])} | {a.reason} | {a.remove_when} |"
+        f"| `{a.name}` | {_summary(MODULES[a.name])} | {a.reason} | {a.remove_when} |"
         for a in ADAPTATIONS
         if a.when == when
     )
