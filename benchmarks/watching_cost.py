@@ -146,11 +146,11 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
         with watch.part("balancing"):
             return balance_experts(*args)
 
-    def forward(iterator: Any, model: Any, *, record: Any) -> Any:
+    def forward(iterator: Any, model: Any, *, record: Any, flops: Any) -> Any:
         from megatron.training import get_args
 
         watched = is_watched(int(get_args().curr_iteration) + 1)
-        return forward_step(iterator, model, record=record if watched else None)
+        return forward_step(iterator, model, record=record if watched else None, flops=flops)
 
     class TimedRecord(pretrain.MicroBatchRecord):
         def append(self, *args: Any) -> None:
