@@ -1,11 +1,17 @@
 #!/usr/bin/env python3
 """Write a Megatron checkpoint, for any layout, from an AfMoE directory of Hugging Face."""
 
-import argparse
-import os
 from pathlib import Path
 
-from megatron_trinity.checkpoint.conversion.tasks import add_resource_arguments, memory_and_workers
+from megatron_trinity.command_line.conversion import (
+    add_nonfinite_argument,
+    add_resource_arguments,
+    hide_gpus,
+    memory_and_workers,
+    print_written,
+    start_conversion,
+)
+from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.errors import UsageError, run_command
 
 EXAMPLE = """example:
@@ -16,18 +22,14 @@ then go on from its weights with
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("--hf", type=Path, required=True, help="directory to read")
     parser.add_argument("--save", type=Path, help="directory of checkpoints to write into")
     parser.add_argument(
         "--dtype", choices=["fp32", "bf16"], help="dtype of matrices (default: as they are)"
     )
     add_resource_arguments(parser)
-    parser.add_argument(
-        "--allow-nonfinite", action="store_true", help="take values that are not finite"
-    )
+    add_nonfinite_argument(parser, "take")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint")
     parser.add_argument(
         "--dry-run",
@@ -37,28 +39,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.save is None and not arguments.dry_run:
         raise UsageError("--save DIR is needed, or --dry-run")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
-
-    from megatron_trinity.checkpoint.conversion.rows import row_count
-    from megatron_trinity.checkpoint.hf.source import open_hf_directory
-
     memory, workers = memory_and_workers(arguments.memory_gb, arguments.workers)
     if arguments.dry_run:
-        found = open_hf_directory(arguments.hf, names_suffice=True)
-        sources = sum(len(entry.hf) for entry in found.table)
-        values = sum(row_count(entry.shape) * entry.shape[-1] for entry in found.table)
-        checked = "names and shapes" if found.tensors else "names (there are no weights)"
-        print(
-            f"{arguments.hf}: {checked} are right: {sources:,} tensors become "
-            f"{len(found.table):,}, {values / 1e9:,.2f} B values"
-        )
+        check(arguments.hf)
         return
-
-    from megatron_trinity.checkpoint.conversion.allocator import return_freed_memory
-    from megatron_trinity.upstream import adapt_megatron
-
-    adapt_megatron()
-    return_freed_memory()
+    start_conversion()
 
     from megatron_trinity.checkpoint.hf.import_hf import import_hf
     from megatron_trinity.progress import progress_for_terminal
@@ -73,9 +58,23 @@ def main() -> None:
         overwrite=arguments.overwrite,
         show=progress_for_terminal,
     )
-    for name, count in done.nonfinite.items():
-        print(f"warning: {name} has {count} values that are not finite")
-    print(f"wrote {arguments.save}: {done.written / 1e6:,.1f} MB of weights")
+    print_written(arguments.save, done.written, done.nonfinite)
+
+
+def check(directory: Path) -> None:
+    hide_gpus()  # nothing here is for one
+
+    from megatron_trinity.checkpoint.conversion.rows import row_count
+    from megatron_trinity.checkpoint.hf.source import open_hf_directory
+
+    found = open_hf_directory(directory, names_suffice=True)
+    sources = sum(len(entry.hf) for entry in found.table)
+    values = sum(row_count(entry.shape) * entry.shape[-1] for entry in found.table)
+    checked = "names and shapes" if found.tensors else "names (there are no weights)"
+    print(
+        f"{directory}: {checked} are right: {sources:,} tensors become {len(found.table):,}, "
+        f"{values / 1e9:,.2f} B values"
+    )
 
 
 if __name__ == "__main__":
