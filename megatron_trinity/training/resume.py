@@ -38,6 +38,20 @@ SHAPE = (
 )
 """Arguments that two runs must share for one to load the other's weights."""
 
+COMPUTED = (
+    "sliding_window",
+    "global_attn_every_n_layers",
+    "moe_router_topk",
+    "moe_router_topk_scaling_factor",
+    "mup_enabled",
+    "rotary_base",
+    "layernorm_epsilon",
+)
+"""Arguments that decide what a model of these sizes computes."""
+
+LENGTH = ("seq_length",)
+"""What an extension of the context changes."""
+
 LAYOUT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -154,10 +168,18 @@ def _check_is_of_this_run(
 ) -> None:
     path = checkpoint.path
     saved = checkpoint.args
-    if differences := _differences(saved, args, SHAPE):
+    if differences := _differences(saved, args, (*SHAPE, *COMPUTED)):
         raise UsageError(
             f"the checkpoint under {path.parent} is of another model: {differences}; give the "
             "preset of that run, or another --load"
+        )
+    if not (_starts_anew(args, path) or args.extend_context) and (
+        differences := _differences(saved, args, LENGTH)
+    ):
+        raise UsageError(
+            f"the checkpoint under {path.parent} is of another length of sequences: {differences}; "
+            "give that length, --extend-context to go on with another, or --finetune to start anew "
+            "from the weights"
         )
     if isinstance(checkpoint, RankCheckpoint) and (
         differences := _differences(saved, args, LAYOUT)
@@ -188,10 +210,19 @@ def _check_is_of_this_run(
 def _differences(saved: Namespace, args: Namespace, names: Sequence[str]) -> str:
     """Arguments that are not alike, in words."""
     return "; ".join(
-        f"--{name.replace('_', '-')} is {getattr(saved, name)} there and {getattr(args, name)} here"
+        f"{_flag(name)} is {getattr(saved, name)} there and {getattr(args, name)} here"
         for name in names
-        if getattr(saved, name) != getattr(args, name)
+        if _meant(saved, name) != _meant(args, name)
     )
+
+
+def _flag(name: str) -> str:
+    return {"layernorm_epsilon": "--norm-epsilon"}.get(name, f"--{name.replace('_', '-')}")
+
+
+def _meant(args: Namespace, name: str) -> object:
+    value = getattr(args, name)
+    return 1.0 if value is None and name == "moe_router_topk_scaling_factor" else value
 
 
 def _check_writable(save: Path) -> None:
