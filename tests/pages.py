@@ -94,9 +94,9 @@ def flags() -> str:
 
 Every flag of megatron-core 0.19.2 has one of four verdicts. The tables are those of
 `megatron_trinity/arguments/verdicts/`, printed by `python -m tests.pages`;
-`tests/distributed/test_flags.py` walks Megatron's parser, and runs each flag of the first two tables
-for a few steps. Where flags do not go together, [what is refused](refusals.md) says so. Trinity's own
-flags are in `--help`.
+`tests/distributed/test_flags.py` walks Megatron's parser, and runs each flag of the first two
+tables for a few steps. Where flags do not go together, [what is refused](refusals.md) says so.
+Trinity's own flags are in `--help`.
 
 ## Works
 It changes what is computed; a run with it has other losses or gradient norms than one without.

@@ -173,7 +173,8 @@ def _check_is_of_this_run(
             f"the checkpoint under {path.parent} is of another model: {differences}; give the "
             "preset of that run, or another --load"
         )
-    if not (_starts_anew(args, path) or args.extend_context) and (
+    of_no_run = path.name == RELEASE
+    if not (_starts_anew(args, path) or of_no_run or args.extend_context) and (
         differences := _differences(saved, args, LENGTH)
     ):
         raise UsageError(
