@@ -10,9 +10,8 @@ from megatron_trinity.arguments.refusal import Refusal
 DECAY_SHARE = 0.2
 """Of the schedule, the last stage of WSD where its length is not given.
 
-The report does not say where its decay begins. A fifth is what the published comparisons of WSD with
-a cosine over the whole run need to end where that ends, or below (Hägele et al., 2024,
-arXiv:2405.18392).
+The report does not say where its decay begins. A fifth is what WSD needs in the published
+comparison to end where a cosine over the whole run does (Hägele et al., 2024, arXiv:2405.18392).
 """
 
 
@@ -46,7 +45,7 @@ def stage_notes(args: Namespace) -> Iterator[str]:
             f"{length}: the rate does not reach its minimum"
         )
     stable = end - _warm_up(args)
-    if args.lr_decay_style == "WSD" and decay > stable:
+    if args.lr_decay_style == "WSD" and decay is not None and decay > stable:
         yield (
             f"the last stage of the learning rate takes {decay} {unit}, the schedule leaves "
             f"{stable} behind the warm-up: the rate falls at once to where it would be by then"

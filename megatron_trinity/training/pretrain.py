@@ -13,7 +13,8 @@ from megatron.training.utils import print_rank_0
 
 from megatron_trinity.arguments.parse import parse_arguments
 from megatron_trinity.arguments.stages import stage_notes
-from megatron_trinity.data.datasets import check_data, check_token_ids, train_valid_test_datasets
+from megatron_trinity.data.datasets import train_valid_test_datasets
+from megatron_trinity.data.sources import check_data, check_manifests
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.config import model_config_from_args
 from megatron_trinity.training.balance import announce_balance
@@ -44,7 +45,7 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     check_tokenizer_path(args)
     set_global_variables(args)
     settle_vocabulary(args)
-    check_token_ids(args)
+    check_manifests(args)
     checked = check_checkpoint(args)
     record, flops = MicroBatchRecord(), StepFlops(args)
     set_flop_counter(flops)

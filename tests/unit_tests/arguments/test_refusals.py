@@ -171,6 +171,21 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "async-strategy": [{"async_save": True, "async_strategy": "nvrx"}],
     "async-worker": [{"async_save": True, "use_persistent_ckpt_worker": False}],
     "loss-fusion": [{"cross_entropy_loss_fusion": True}],
+    "mock-data": [
+        {"mock_data": True, "data_path": ["a"], "split": "98,2,0"},
+        {"mock_data": True, "valid_data_path": ["a"]},
+        {"mock_data": True, "per_split_data_args_path": "a.json"},
+    ],
+    "data-sources": [
+        {"data_path": ["a"], "split": "98,2,0", "train_data_path": ["a"]},
+        {"data_path": ["a"], "split": "98,2,0", "data_args_path": "a.txt"},
+        {"test_data_path": ["a"], "per_split_data_args_path": "a.json"},
+    ],
+    "split": [
+        {"data_path": ["a"], "split": text} for text in ("0,0,0", "a", "98,-2,4", "1,2,3,4", "")
+    ],
+    "split-of-splits": [{"train_data_path": ["a"], "split": "98,2,0"}, {"split": "98,2,0"}],
+    "evaluation": [{"eval_interval": 0}, {"eval_interval": -1}, {"eval_iters": -1}],
     "full-validation": [{"full_validation": True}],
     "document-mask": [{"reset_attention_mask": True}],
     "document-positions": [{"reset_position_ids": True}],
@@ -269,6 +284,10 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     },
     "a warm-up of all but a step": {"lr_warmup_iters": 9},
     "no decay": {"lr_wsd_decay_iters": 0},
+    "no evaluation": {"eval_iters": 0},
+    "data with shares": {"data_path": ["a"], "split": " 969, 30.5, .5"},
+    "training alone": {"data_path": ["a"], "split": "1"},
+    "data by split": {"train_data_path": ["a"], "valid_data_path": ["a"]},
     "no training": {"skip_train": True, "train_iters": None, "lr": None},
     "no global batch": {"global_batch_size": None},
     "no load balancing, as a list": {"moe_router_load_balancing_type": ["none"]},
