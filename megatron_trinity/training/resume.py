@@ -19,6 +19,11 @@ from megatron_trinity.checkpoint.whole.candidates import (
     number_of,
 )
 from megatron_trinity.errors import TrinityError, UsageError
+from megatron_trinity.training.load_paths import (
+    goes_on_in_save,
+    refuse_iterations,
+    refuse_nothing,
+)
 
 SHOWN = 3
 """How many checkpoints an error names."""
@@ -68,16 +73,20 @@ LAYOUT = (
 def check_checkpoint(args: Namespace) -> Path | None:
     """Refuse to load what is not whole as far as sizes say, or is of another model.
 
-    A `--load` directory without any checkpoint is the start of a new run, as in Megatron.
+    Where `--load` and `--save` are one directory, it may be without any: a new run starts there.
 
     Returns:
         the iteration that the run will load unless its checksums differ, or None.
 
     Raises:
-        UsageError: the checkpoint is of another model, or has the state of another optimizer; names
-            what differs. Or `--save` has iterations that a later start would load in its place.
+        UsageError: nothing is there to load, or one iteration in place of a run. Or the checkpoint
+            is of another model, or has the state of another optimizer; names what differs. Or
+            `--save` has iterations that a later start would load in its place.
         TrinityError: there are checkpoints, and none can be loaded. Or `--save` cannot be written.
     """
+    refuse_iterations(args)
+    if not goes_on_in_save(args):
+        refuse_nothing(args, "load")
     skipped: list[str] = []
     chosen = None
     for path, fault in candidates(args):
@@ -88,6 +97,9 @@ def check_checkpoint(args: Namespace) -> Path | None:
         skipped.append(f"{path}: {fault}")
     if chosen is None:
         refuse_skipped(args, skipped)
+        refuse_nothing(args, "pretrained_checkpoint")
+        if args.exit_on_missing_checkpoint:
+            refuse_nothing(args, "load")
     if args.save and not args.skip_train:
         _check_writable(Path(args.save))
         _check_nothing_newer(args, chosen)
@@ -237,7 +249,7 @@ def _check_nothing_newer(args: Namespace, chosen: Path | None) -> None:
     """Refuse to write older iterations beside newer ones of another run."""
     goes_on = chosen is not None and not _starts_anew(args, chosen)
     start = number_of(chosen) if chosen is not None and goes_on else 0
-    if goes_on and args.ckpt_step is None and Path(args.load) == Path(args.save):
+    if goes_on and args.ckpt_step is None and goes_on_in_save(args):
         return  # whatever is newer there was skipped
     newest = next(filter(has_manifest, iterations(Path(args.save))), None)
     if newest is not None and number_of(newest) > start:
