@@ -1,15 +1,23 @@
 #!/usr/bin/env python3
-"""Write a Megatron checkpoint, for any layout, from an AfMoE directory of Hugging Face."""
+"""Write a Megatron checkpoint, for any layout, from an AfMoE model of Hugging Face."""
+
+from __future__ import annotations
 
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_trinity.checkpoint.conversion.tasks import add_resource_arguments, memory_and_workers
 from megatron_trinity.errors import UsageError, run_command
 
+if TYPE_CHECKING:
+    from megatron_trinity.checkpoint.hf.import_hf import Imported
+
 EXAMPLE = """example:
   python tools/import_hf.py --hf models/trinity-nano --save runs/nano
+or, from the Hub's cache or the Hub,
+  python tools/import_hf.py --hf arcee-ai/Trinity-Nano-Base --save runs/nano
 then go on from its weights with
   torchrun ... pretrain_trinity.py --preset nano --load runs/nano --finetune --save runs/mine ...
 """
@@ -19,10 +27,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hf", type=Path, required=True, help="directory to read")
+    parser.add_argument(
+        "--hf", required=True, help="directory to read, or OWNER/NAME of a model of the Hub"
+    )
+    parser.add_argument(
+        "--revision", help="branch, tag or commit of a model of the Hub (default: its main branch)"
+    )
     parser.add_argument("--save", type=Path, help="directory of checkpoints to write into")
     parser.add_argument(
-        "--dtype", choices=["fp32", "bf16"], help="dtype of matrices (default: as they are)"
+        "--dtype",
+        choices=["fp32", "bf16"],
+        help="dtype of matrices (default: as they are, fp16 as fp32)",
     )
     add_resource_arguments(parser)
     parser.add_argument(
@@ -40,11 +55,15 @@ def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
 
     from megatron_trinity.checkpoint.conversion.rows import row_count
+    from megatron_trinity.checkpoint.hf.hub import find_model
     from megatron_trinity.checkpoint.hf.source import open_hf_directory
 
     memory, workers = memory_and_workers(arguments.memory_gb, arguments.workers)
+    model = find_model(arguments.hf, arguments.revision, download=not arguments.dry_run)
+    if model.revision is not None:
+        print(f"{arguments.hf}: revision {model.revision}, {model.path}", flush=True)
     if arguments.dry_run:
-        found = open_hf_directory(arguments.hf, names_suffice=True)
+        found = open_hf_directory(model.path, names_suffice=True)
         sources = sum(len(entry.hf) for entry in found.table)
         values = sum(row_count(entry.shape) * entry.shape[-1] for entry in found.table)
         checked = "names and shapes" if found.tensors else "names (there are no weights)"
@@ -64,7 +83,7 @@ def main() -> None:
     from megatron_trinity.progress import progress_for_terminal
 
     done = import_hf(
-        arguments.hf,
+        model.path,
         arguments.save,
         dtype=arguments.dtype,
         memory_bytes=memory,
@@ -74,8 +93,23 @@ def main() -> None:
         show=progress_for_terminal,
     )
     for name, count in done.nonfinite.items():
-        print(f"warning: {name} has {count} values that are not finite")
+        overflowed = done.overflowed[name]
+        why = f", {overflowed} of them too large for {arguments.dtype}" if overflowed else ""
+        print(f"warning: {name} has {count} values that are not finite{why}")
+    if done.source != done.matrices:
+        print(conversion_line(done))
     print(f"wrote {arguments.save}: {done.written / 1e6:,.1f} MB of weights")
+
+
+def conversion_line(done: Imported) -> str:
+    """What converting the matrices has changed."""
+    kinds = [str(dtype).removeprefix("torch.") for dtype in (done.source, done.matrices)]
+    changes = [
+        f"{count:,} values {how} in {len(found):,} tensors"
+        for how, found in (("rounded", done.rounded), ("overflowed", done.overflowed))
+        if (count := found.total())
+    ]
+    return f"{kinds[0]} became {kinds[1]}: {', '.join(changes) or 'every value as it was'}"
 
 
 if __name__ == "__main__":
