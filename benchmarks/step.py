@@ -84,6 +84,7 @@ class Ours:
 
         from megatron_trinity.arguments.parse import parse_arguments
         from megatron_trinity.model.config import model_config_from_args
+        from megatron_trinity.training.flops import StepFlops
         from megatron_trinity.training.micro_batches import MicroBatchRecord
         from megatron_trinity.training.observer import StepObserver
         from megatron_trinity.training.vocabulary import settle_vocabulary
@@ -93,7 +94,7 @@ class Ours:
         set_global_variables(self.args)
         settle_vocabulary(self.args)
         self._record = MicroBatchRecord()
-        set_training_hooks(StepObserver(self.args, self._record))
+        set_training_hooks(StepObserver(self.args, self._record, StepFlops(self.args)))
         initialize_megatron()
         container = pretrain_cfg_container_from_args(self.args, model_config_from_args(self.args))
         self.model, self._optimizer, self._scheduler = training.setup_model_and_optimizer(

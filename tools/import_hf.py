@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""Write a Megatron checkpoint, for any layout, from an AfMoE directory of Hugging Face."""
+"""Write a Megatron checkpoint, for any layout, from an AfMoE model of Hugging Face."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_trinity.command_line.conversion import (
     add_nonfinite_argument,
@@ -14,8 +17,13 @@ from megatron_trinity.command_line.conversion import (
 from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.errors import UsageError, run_command
 
+if TYPE_CHECKING:
+    from megatron_trinity.checkpoint.hf.import_hf import Imported
+
 EXAMPLE = """example:
   python tools/import_hf.py --hf models/trinity-nano --save runs/nano
+or, from the Hub's cache or the Hub,
+  python tools/import_hf.py --hf arcee-ai/Trinity-Nano-Base --save runs/nano
 then go on from its weights with
   torchrun ... pretrain_trinity.py --preset nano --load runs/nano --finetune --save runs/mine ...
 """
@@ -23,10 +31,17 @@ then go on from its weights with
 
 def main() -> None:
     parser = command_parser(__doc__, EXAMPLE)
-    parser.add_argument("--hf", type=Path, required=True, help="directory to read")
+    parser.add_argument(
+        "--hf", required=True, help="directory to read, or OWNER/NAME of a model of the Hub"
+    )
+    parser.add_argument(
+        "--revision", help="branch, tag or commit of a model of the Hub (default: its main branch)"
+    )
     parser.add_argument("--save", type=Path, help="directory of checkpoints to write into")
     parser.add_argument(
-        "--dtype", choices=["fp32", "bf16"], help="dtype of matrices (default: as they are)"
+        "--dtype",
+        choices=["fp32", "bf16"],
+        help="dtype of matrices (default: as they are, fp16 as fp32)",
     )
     add_resource_arguments(parser)
     add_nonfinite_argument(parser, "take")
@@ -40,8 +55,15 @@ def main() -> None:
     if arguments.save is None and not arguments.dry_run:
         raise UsageError("--save DIR is needed, or --dry-run")
     memory, workers = memory_and_workers(arguments.memory_gb, arguments.workers)
+    hide_gpus()  # nothing here is for one
+
+    from megatron_trinity.checkpoint.hf.hub import find_model
+
+    model = find_model(arguments.hf, arguments.revision, download=not arguments.dry_run)
+    if model.revision is not None:
+        print(f"{arguments.hf}: revision {model.revision}, {model.path}", flush=True)
     if arguments.dry_run:
-        check(arguments.hf)
+        check(arguments.hf, model.path)
         return
     start_conversion()
 
@@ -49,7 +71,7 @@ def main() -> None:
     from megatron_trinity.progress import progress_for_terminal
 
     done = import_hf(
-        arguments.hf,
+        model.path,
         arguments.save,
         dtype=arguments.dtype,
         memory_bytes=memory,
@@ -58,12 +80,16 @@ def main() -> None:
         overwrite=arguments.overwrite,
         show=progress_for_terminal,
     )
-    print_written(arguments.save, done.written, done.nonfinite)
+    if done.source != done.matrices:
+        print(conversion_line(done))
+    why = {
+        name: f"{n} of them too large for {arguments.dtype}" for name, n in done.overflowed.items()
+    }
+    print_written(arguments.save, done.written, done.nonfinite, why)
 
 
-def check(directory: Path) -> None:
-    hide_gpus()  # nothing here is for one
-
+def check(name: str, directory: Path) -> None:
+    """Say whether a directory, of the model called `name`, has all that an import needs."""
     from megatron_trinity.checkpoint.conversion.rows import row_count
     from megatron_trinity.checkpoint.hf.source import open_hf_directory
 
@@ -72,9 +98,20 @@ def check(directory: Path) -> None:
     values = sum(row_count(entry.shape) * entry.shape[-1] for entry in found.table)
     checked = "names and shapes" if found.tensors else "names (there are no weights)"
     print(
-        f"{directory}: {checked} are right: {sources:,} tensors become {len(found.table):,}, "
+        f"{name}: {checked} are right: {sources:,} tensors become {len(found.table):,}, "
         f"{values / 1e9:,.2f} B values"
     )
+
+
+def conversion_line(done: Imported) -> str:
+    """What converting the matrices has changed."""
+    kinds = [str(dtype).removeprefix("torch.") for dtype in (done.source, done.matrices)]
+    changes = [
+        f"{count:,} values {how} in {len(found):,} tensors"
+        for how, found in (("rounded", done.rounded), ("overflowed", done.overflowed))
+        if (count := found.total())
+    ]
+    return f"{kinds[0]} became {kinds[1]}: {', '.join(changes) or 'every value as it was'}"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_trinity.errors import UsageError
 
@@ -74,12 +75,19 @@ def add_nonfinite_argument(parser: argparse.ArgumentParser, verb: str) -> None:
     )
 
 
-def print_written(target: Path, nbytes: int, nonfinite: Mapping[str, int]) -> None:
+def print_written(
+    target: Path,
+    nbytes: int,
+    nonfinite: Mapping[str, int],
+    why: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Say how many bytes of weights were written, and warn of values that are not finite.
 
     Args:
         nonfinite: name of a tensor to how many of its values are not finite, if any.
+        why: name of a tensor to what is known of the reason.
     """
     for name, count in nonfinite.items():
-        print(f"warning: {name} has {count} values that are not finite")
+        reason = f", {why[name]}" if name in why else ""
+        print(f"warning: {name} has {count} values that are not finite{reason}")
     print(f"wrote {target}: {nbytes / 1e6:,.1f} MB of weights")

@@ -17,12 +17,16 @@ class StepFlops:
     """Counts what a step computes: (query, key) pairs by window and by document.
 
     State of a step: it is saved nowhere.
+
+    Attributes:
+        newest: FLOPs of the newest step that was asked for, over all ranks.
     """
 
     def __init__(self, args: Namespace) -> None:
         self._sizes = ModelSizes.from_args(args)
         self._length: int = args.seq_length
         self._lengths: list[Tensor] = []
+        self.newest = 0.0
 
     def note(self, lengths: Tensor) -> None:
         """Note the lengths of a micro-batch's documents, `[D]` int64; none are whole sequences."""
@@ -48,4 +52,5 @@ class StepFlops:
             global_pairs, local_pairs = pairs_of_layers(self._sizes, [self._length])
             first = sequences * self._length
             second = (sequences * global_pairs, sequences * local_pairs)
-        return float(training_flops(self._sizes, first, *second))
+        self.newest = float(training_flops(self._sizes, first, *second))
+        return self.newest

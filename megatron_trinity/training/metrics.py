@@ -18,22 +18,28 @@ def tokens_per_step() -> int:
 
 
 class StepMetrics:
-    """Tokens per second over all ranks, and the peak memory of this one.
+    """Tokens per second over all ranks, their throughput if asked, and the peak memory of this one.
 
     Time is that of Megatron's `interval-time`, which stands still while it saves or evaluates.
     """
 
-    def __init__(self, tokens: Callable[[], int] = tokens_per_step) -> None:
-        """`tokens` gives the number of tokens of the step that has just ended."""
+    def __init__(
+        self,
+        tokens: Callable[[], int] = tokens_per_step,
+        flops_per_gpu: Callable[[], float] | None = None,
+    ) -> None:
+        """Both are of the step that has just ended; `flops_per_gpu` asks for throughput."""
         self._tokens = tokens
+        self._flops = flops_per_gpu
         self._elapsed = 0.0  # seconds on the timer when the step began
 
     def step_ended(self) -> dict[str, float]:
         """The values of one step."""
-        return {
-            "tokens per second": self._tokens() / (self._interval() - self._elapsed),
-            "peak memory (GiB)": torch.cuda.max_memory_allocated() / GIB,
-        }
+        seconds = self._interval() - self._elapsed
+        values = {"tokens per second": self._tokens() / seconds}
+        if self._flops is not None:
+            values["throughput per GPU (TFLOP/s/GPU)"] = self._flops() / seconds / 1e12
+        return {**values, "peak memory (GiB)": torch.cuda.max_memory_allocated() / GIB}
 
     def log_written(self) -> None:
         """Note where the next step begins; a log line may have set the timer back to zero."""

@@ -14,6 +14,8 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_trinity.errors import TrinityError
+
 
 class MicroBatchRecord:
     """The micro-batches of one training step, on ranks that compute a loss.
@@ -52,11 +54,13 @@ class MicroBatchRecord:
         out. `max logit` and `mean logit` are over all tokens with loss.
 
         Collective over the data- and context-parallel ranks of the last pipeline stage. Ranks of
-        other stages have no record: they wait for nobody and get an empty dictionary, as everyone
-        does if no token at all carried loss.
+        other stages have no record: they wait for nobody and get an empty dictionary.
 
         Args:
             groups: with `cp`, `dp` and `dp_cp`; by default those that Megatron has initialized.
+
+        Raises:
+            TrinityError: no token of the global batch carried loss.
         """
         if not self._rows:
             return {}
@@ -79,7 +83,10 @@ class MicroBatchRecord:
 
         highest, max_logit, loss_sum, batches, logits, count = torch.cat([maxima, totals]).tolist()
         if not batches:
-            return {}
+            raise TrinityError(
+                "no token of this step carries a loss, so there is nothing to learn from: is the "
+                "training data made of documents of one token, or masked as a whole?"
+            )
         return {
             "batch heterogeneity": highest - loss_sum / batches,
             "max logit": max_logit,

@@ -11,10 +11,13 @@ from typing import Any
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import print_rank_last
+from torch import Tensor
 
+from megatron_trinity.errors import TrinityError
 from megatron_trinity.moe.metrics import by_layer, load_metrics, summary
 from megatron_trinity.training.alarm import Alarms
 from megatron_trinity.training.balance import StepBalance, balance_experts
+from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.metrics import StepMetrics
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 
@@ -27,11 +30,12 @@ class StepObserver:
     over the same steps.
     """
 
-    def __init__(self, args: Namespace, record: MicroBatchRecord) -> None:
-        """`record` is the one that the loss function writes to."""
+    def __init__(self, args: Namespace, record: MicroBatchRecord, flops: StepFlops) -> None:
+        """`record` is the one that the loss function writes to, `flops` what the loop asks."""
         self._args = args
         self._record = record
-        self._speed = StepMetrics()
+        per_gpu = (lambda: flops.newest / args.world_size) if args.log_throughput else None
+        self._speed = StepMetrics(flops_per_gpu=per_gpu)
         self._alarms = Alarms(args.alarm_window)
         self._sequence_loss: dict[str, float] = {}
         self._interval: list[Mapping[str, float]] = []
@@ -63,6 +67,20 @@ class StepObserver:
         if self._iteration % self._args.log_interval == 0:
             print_rank_last(balance_line(self._iteration, self._interval, self._rates))
             self._interval.clear()
+
+    def evaluated(self, losses: Mapping[str, Tensor]) -> None:
+        """Refuse to go on from a validation that says nothing.
+
+        Raises:
+            TrinityError: a loss is not a number.
+        """
+        for name, value in losses.items():
+            if value.isnan():
+                raise TrinityError(
+                    f"the {name} of the evaluation is not a number: no token of its samples "
+                    "carries a loss (documents of one token, or masked as a whole?), or what the "
+                    "model computes is not finite"
+                )
 
     @property
     def _iteration(self) -> int:

@@ -49,7 +49,7 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     checked = check_checkpoint(args)
     record, flops = MicroBatchRecord(), StepFlops(args)
     set_flop_counter(flops)
-    set_training_hooks(StepObserver(args, record))
+    set_training_hooks(StepObserver(args, record, flops))
     set_checkpoint_hooks(WholeCheckpoints(args, checked))
     set_up_optimizer(args)
     model_config = model_config_from_args(args)

@@ -42,6 +42,7 @@ _ABSENT_PACKAGES = (
 _INSIDE_MEGATRON = (
     "'pin_memory' argument is set as true but no accelerator is found, then device pinned memory "
     "won't be used.",
+    "Could not determine rank from torch.distributed, RANK, or SLURM_PROCID. Defaulting to rank 0.",
     "`torch.distributed.all_gather_into_tensor` is deprecated. Please use "
     "`torch.distributed.all_gather_single` instead.",
     "`torch.distributed.reduce_scatter_tensor` is deprecated. Please use "

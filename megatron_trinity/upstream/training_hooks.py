@@ -15,13 +15,16 @@ ADAPTATION = Adaptation(
     symbols=(
         "megatron.training.training.train_step",
         "megatron.training.training.training_log",
+        "megatron.training.training.evaluate",
     ),
     reason=(
         "the loop has no hook behind an optimizer step, where it is known whether the step was "
-        "applied; and `training_log` prints and writes only what the loss function reported"
+        "applied, and none behind an evaluation; and `training_log` prints and writes only what "
+        "the loss function reported"
     ),
     written_for="megatron-core 0.19.2",
     remove_when="the loop takes callbacks, and metrics from the outside",
+    after=("log-line", "validation-samples"),
 )
 
 
@@ -40,6 +43,9 @@ class TrainingHooks(Protocol):
 
     def log_written(self) -> None:
         """Told when Megatron has logged the step, and started its interval timer anew if due."""
+
+    def evaluated(self, losses: Mapping[str, torch.Tensor]) -> None:
+        """After an evaluation, with its losses; of those there are none on ranks without a loss."""
 
 
 _hooks: TrainingHooks | None = None
@@ -61,6 +67,7 @@ def install() -> None:
 
     training.train_step = _with_hook(training.train_step)
     training.training_log = _with_values(training.training_log)
+    training.evaluate = _with_losses(training.evaluate)
 
 
 def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,3 +107,14 @@ def _with_values(training_log: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return log_with_values
+
+
+def _with_losses(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(evaluate)
+    def evaluate_then_hook(*args: Any, **kwargs: Any) -> Any:
+        losses, collected, out_of_time = evaluate(*args, **kwargs)
+        if _hooks is not None and not out_of_time:
+            _hooks.evaluated(losses)
+        return losses, collected, out_of_time
+
+    return evaluate_then_hook

@@ -27,8 +27,14 @@ def resumable_staging(target: Path, plan: object, needed: int) -> Iterator[Path]
         needed: bytes that the work writes.
 
     Raises:
-        TrinityError: it cannot be made, the disk is too small, another process is at work there.
+        TrinityError: it cannot be made, the disk is too small, another process is at work there,
+            or `target` is a symbolic link.
     """
+    if target.is_symlink():
+        raise TrinityError(
+            f"{target} is a symbolic link, and links are not written through: name the directory "
+            f"that it leads to, {target.resolve()}, or remove the link"
+        )
     staging = target.parent / f".{target.name}.part"
     fingerprint = {"plan": hashlib.sha256(json.dumps(plan).encode()).hexdigest()}
     parent_is_new = not target.parent.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -31,8 +32,10 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def carry_over(source: Path, target: Path) -> list[str]:
     """Copy tokenizer, chat template and `generation_config.json`; returns the names of the files.
 
+    What links lead to is copied, not the links.
+
     Raises:
-        TrinityError: one in truth lies elsewhere.
+        TrinityError: one is a link that leads nowhere.
     """
     files = files_to_carry(source)
     for file in files:
@@ -44,10 +47,10 @@ def files_to_carry(source: Path) -> list[Path]:
     """The files that `carry_over` copies.
 
     Raises:
-        TrinityError: one in truth lies elsewhere.
+        TrinityError: one is a link that leads nowhere.
     """
     names = (*TOKENIZER_FILES, GENERATION_CONFIG)
-    return [inside(source, name) for name in names if (source / name).exists()]
+    return [inside(source, name) for name in names if os.path.lexists(source / name)]
 
 
 def write_configs(

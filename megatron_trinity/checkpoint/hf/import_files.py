@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,26 @@ class FileJob:
     allow_nonfinite: bool
 
 
-def write_import_file(job: FileJob, report: Report) -> tuple[list[WriteResult], Counter[str]]:
-    """Write one file; also returns the values of each source that are not finite."""
-    nonfinite: Counter[str] = Counter()
+@dataclass(frozen=True)
+class WrittenFile:
+    """What became of a file; values are counted by the name of their Hugging Face tensor.
+
+    Attributes:
+        results: of the writer.
+        nonfinite: values that are not finite, in the checkpoint.
+        overflowed: those of them that were finite before they were converted.
+        rounded: finite values that converting has changed.
+    """
+
+    results: list[WriteResult]
+    nonfinite: Counter[str] = field(default_factory=Counter)
+    overflowed: Counter[str] = field(default_factory=Counter)
+    rounded: Counter[str] = field(default_factory=Counter)
+
+
+def write_import_file(job: FileJob, report: Report) -> WrittenFile:
+    """Write one file of a checkpoint."""
+    file = WrittenFile([])
 
     def resolve(item: WriteItem) -> Tensor:
         data = item.tensor_data
@@ -56,22 +73,32 @@ def write_import_file(job: FileJob, report: Report) -> tuple[list[WriteResult], 
             rows.zero_()  # those that the vocabulary is padded with
         for source in sources:
             target = rows[source.row : source.row + source.rows]
-            _read(source, target)
+            read = _read(source, target)
             bad = not_finite(target)
             if bad:
-                nonfinite[source.name] += bad
+                file.nonfinite[source.name] += bad
+                # Unary plus leaves out counts of zero.
+                file.overflowed.update(+Counter({source.name: bad - not_finite(read)}))
+            if read is not target:
+                changed = int(((target != read) & target.isfinite()).sum())
+                file.rounded.update(+Counter({source.name: changed}))
         report(values.nbytes)
         return values
 
-    results = write_file(job.directory, job.plan, resolve)
-    if nonfinite and not job.allow_nonfinite:
-        name, bad = next(iter(nonfinite.items()))
-        raise TrinityError(f"{name} has {bad} values that are not finite")
-    return results, nonfinite
+    file.results.extend(write_file(job.directory, job.plan, resolve))
+    if file.nonfinite and not job.allow_nonfinite:
+        name, bad = next(iter(file.nonfinite.items()))
+        raise TrinityError(f"{name} has {bad} values that are not finite{_why(file, name)}")
+    return file
 
 
-def _read(source: Source, target: Tensor) -> None:
-    """Fill `target` with a source's rows.
+def _why(file: WrittenFile, name: str) -> str:
+    overflowed = file.overflowed[name]
+    return f", {overflowed} of them too large for the type; take --dtype fp32" if overflowed else ""
+
+
+def _read(source: Source, target: Tensor) -> Tensor:
+    """Fill `target` with a source's rows, which are returned as they are in the file.
 
     Raises:
         TrinityError: its file changed after it was checked.
@@ -87,3 +114,4 @@ def _read(source: Source, target: Tensor) -> None:
         raise TrinityError(f"{stored.file} cannot be read: {error}") from error
     if rows is not target:
         target.copy_(rows)
+    return rows

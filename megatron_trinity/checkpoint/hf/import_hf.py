@@ -17,7 +17,12 @@ from megatron_trinity.checkpoint.conversion.staging import resumable_staging
 from megatron_trinity.checkpoint.conversion.tasks import Task, run_tasks
 from megatron_trinity.checkpoint.hf.config import args_from_hf_config
 from megatron_trinity.checkpoint.hf.files import TOKENIZER_CONFIG, carry_over, files_to_carry
-from megatron_trinity.checkpoint.hf.import_files import FileJob, Source, write_import_file
+from megatron_trinity.checkpoint.hf.import_files import (
+    FileJob,
+    Source,
+    WrittenFile,
+    write_import_file,
+)
 from megatron_trinity.checkpoint.hf.mapping import Entry
 from megatron_trinity.checkpoint.hf.source import HfDirectory, open_hf_directory
 from megatron_trinity.checkpoint.torch_dist.read import RELEASE
@@ -49,11 +54,19 @@ class Imported:
 
     Attributes:
         written: bytes of tensors.
+        source: type of the matrices in the directory.
+        matrices: type of the matrices in the checkpoint.
         nonfinite: name of a Hugging Face tensor to its values that are not finite, if any.
+        overflowed: the same of those that were finite before they were converted.
+        rounded: the same of finite values that converting has changed.
     """
 
     written: int
-    nonfinite: dict[str, int]
+    source: torch.dtype
+    matrices: torch.dtype
+    nonfinite: Counter[str]
+    overflowed: Counter[str]
+    rounded: Counter[str]
 
 
 def import_hf(
@@ -71,7 +84,8 @@ def import_hf(
     Args:
         hf: AfMoE directory with experts in either form, in one safetensors file or several.
         save: directory of checkpoints.
-        dtype: `fp32` or `bf16` for matrices, by default as they are. Vectors become fp32.
+        dtype: `fp32` or `bf16` for matrices, by default as they are, and fp32, which holds each
+            of their values, for those in fp16. Vectors become fp32.
         memory_bytes: for values in all processes together.
         workers: processes.
         allow_nonfinite: take values that are not finite.
@@ -86,7 +100,7 @@ def import_hf(
     target = save / RELEASE
     if not overwrite:
         refuse_existing([save / TRACKER, target, save / CARRIED], "is not replaced")
-    matrices = DTYPE_FLAGS[dtype] if dtype else source.dtype
+    matrices = DTYPE_FLAGS[dtype] if dtype else _type_of_runs(source.dtype)
     args = _args(source, matrices, save)
     files = list(_files(source, args.padded_vocab_size, matrices, memory_bytes // workers))
     needed = sum(piece.nbytes for file in files for piece, _ in file)
@@ -105,23 +119,34 @@ def import_hf(
             )
             for number, (file, plan) in enumerate(zip(files, plans, strict=False))
         ]
-        outcomes = run_tasks(
+        outcomes: list[WrittenFile] = run_tasks(
             write_import_file,
             tasks,
             staging,
             workers,
             show(needed),
-            settle=lambda outcome: keep(whole, outcome[0]),
+            settle=lambda outcome: keep(whole, outcome.results),
         )
-        results = [written for written, _ in outcomes]
+        results = [written.results for written in outcomes]
         finish(whole, metadata, [*results, write_file(whole, plans[-1], resolve)])
-        nonfinite: Counter[str] = sum((found for _, found in outcomes), Counter())
         if carry_over(hf, carried):
             if (save / CARRIED).exists():
                 (save / CARRIED).rename(staging / "replaced tokenizer")
             carried.rename(save / CARRIED)
         move_into_place(whole, target, staging / "replaced", save / TRACKER)
-    return Imported(needed, dict(nonfinite))
+    return Imported(
+        needed,
+        source.dtype,
+        matrices,
+        nonfinite=sum((written.nonfinite for written in outcomes), Counter()),
+        overflowed=sum((written.overflowed for written in outcomes), Counter()),
+        rounded=sum((written.rounded for written in outcomes), Counter()),
+    )
+
+
+def _type_of_runs(dtype: torch.dtype) -> torch.dtype:
+    """A type of matrices that runs have, and that holds every value of `dtype`."""
+    return dtype if dtype in DTYPE_FLAGS.values() else torch.float32
 
 
 def _args(source: HfDirectory, matrices: torch.dtype, save: Path) -> Namespace:

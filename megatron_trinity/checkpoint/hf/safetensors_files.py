@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from megatron_trinity.checkpoint.conversion.rows import Shape
 from megatron_trinity.errors import TrinityError
 
-DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
-"""Types of values that a model is converted from and to, by their names in a file."""
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Types of values that a model is converted from, by their names in a file."""
 
 _NAMES = {torch.float8_e4m3fn: "F8_E4M3", **{dtype: name for name, dtype in DTYPES.items()}}
 _LENGTH = struct.Struct("<Q")  # of the header, in front of it

@@ -78,7 +78,7 @@ def open_hf_directory(path: Path, names_suffice: bool = False) -> HfDirectory:
     _refuse_pickles(path)
     config = read_config(path)
     weight_map = _read_index(path)
-    files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE]
+    files = _files(weight_map)
     if names_suffice and weight_map and not any((path / file).exists() for file in files):
         return HfDirectory(path, config, _table(config, list(weight_map)), {}, None)
     _refuse_other_files(path, files)
@@ -98,6 +98,15 @@ def open_hf_directory(path: Path, names_suffice: bool = False) -> HfDirectory:
         for name, shape in entry.hf.items():
             check_shape(name, tensors[name].shape, shape)
     return HfDirectory(path, config, table, tensors, _dtype_of_matrices(table, tensors))
+
+
+def files_of(path: Path) -> list[str]:
+    """Names of the safetensors files that are the model in a directory, whether they are there.
+
+    Raises:
+        TrinityError: the index does not say.
+    """
+    return _files(_read_index(path))
 
 
 def read_config(path: Path) -> AfmoeConfig:
@@ -133,16 +142,14 @@ def read_config(path: Path) -> AfmoeConfig:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """The file `name` of `directory`.
+    """The file `name` of `directory`; a link, as the Hub's cache has them, is read through.
 
     Raises:
-        TrinityError: it is not there, or in truth lies elsewhere.
+        TrinityError: it is not there, or the name is none of a file in that very directory.
     """
     file = directory / name
-    if Path(name).name != name or not file.resolve().is_relative_to(directory.resolve()):
-        raise TrinityError(
-            f"{file} leads out of {directory}; copy the files (cp -rL) and take those"
-        )
+    if Path(name).name != name:
+        raise TrinityError(f"{file} leads out of {directory}")
     if not file.is_file():
         raise TrinityError(f"{file} is missing")
     return file
@@ -176,6 +183,10 @@ def _read_index(path: Path) -> dict[str, str] | None:
     return weight_map
 
 
+def _files(weight_map: dict[str, str] | None) -> list[str]:
+    return [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+
+
 def _table(config: AfmoeConfig, names: list[str]) -> tuple[Entry, ...]:
     table = tuple(entries(config, expert_format(names)))
     check_names(names, table)
@@ -193,7 +204,7 @@ def _dtype_of_matrices(
             dtype = tensors[name].dtype
             if dtype not in DTYPES:
                 raise TrinityError(
-                    f"{name} is of type {dtype}; only {' and '.join(DTYPES)} are converted"
+                    f"{name} is of type {dtype}; only {', '.join(DTYPES)} are converted"
                 )
             if len(shape) > 1:
                 first = first or name

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_trinity.errors import TrinityError
 from tests.distributed.pool import RankPools
 
 # Of 8 micro-batches, each in two parts as context parallelism would cut it: sum of losses, tokens,
@@ -71,6 +72,16 @@ def test_values_of_a_step(ranks: RankPools, world_size: int, pipeline: int, cont
         assert again == {}
 
 
+def refusal(rank: int, world_size: int) -> str:
+    try:
+        reduce(rank, world_size, 1, 1, True)
+    except TrinityError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_nothing_to_say_of_a_step_without_tokens(ranks: RankPools, world_size: int) -> None:
-    assert ranks.run(reduce, 1, 1, True, world_size=world_size) == [({}, {})] * world_size
+def test_a_step_without_tokens_is_an_error_on_every_rank(ranks: RankPools, world_size: int) -> None:
+    refused = ranks.run(refusal, world_size=world_size)
+    assert len(refused) == world_size
+    assert all(line.startswith("no token of this step carries a loss") for line in refused)

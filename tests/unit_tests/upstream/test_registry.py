@@ -76,6 +76,8 @@ FINGERPRINTS: dict[str, str] = {
     "megatron.training.datasets.data_samplers.build_pretraining_data_loader": "b6568c175ebdb18c",
     "megatron.training.initialize.initialize_megatron": "8fe56d11efb14104",
     "megatron.training.training.consume_seqlen_stats_in_iteration": "d3e918d3862cfdbd",
+    "megatron.training.training.evaluate": "0531c445cb0eea0f",
+    "megatron.training.training.get_train_valid_test_num_samples": "84c82ad2d0ac45d9",
     "megatron.training.training.num_floating_point_operations": "8b304ea7e2ac3ff2",
     "megatron.training.training.train_step": "24a1feeb0a08d846",
     "megatron.training.training.training_log": "2da9e48509db96c4",

@@ -111,9 +111,13 @@ def set_dtype(hf: Path, dtype: torch.dtype) -> None:
         )
 
 
-def leads_out(hf: Path) -> None:
-    (hf / FIRST).rename(hf.parent / "elsewhere")
+def leads_nowhere(hf: Path) -> None:
+    (hf / FIRST).unlink()
     (hf / FIRST).symlink_to(hf.parent / "elsewhere")
+
+
+def tokenizer_leads_nowhere(hf: Path) -> None:
+    (hf / "tokenizer.json").symlink_to(hf.parent / "elsewhere")
 
 
 def pickled(hf: Path) -> None:
@@ -132,14 +136,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensor missing from its file": (lacking_in_file, f"lacks {BIAS}, which {INDEX} says"),
     "wrong shape": (wrong_shape, f"{BIAS} has the shape [9], and not [8]"),
     "wrong dtype": (
-        lambda hf: set_dtype(hf, torch.float16),
-        "experts.2.up_proj.weight is of type F16; only BF16 and F32 are converted",
+        lambda hf: set_dtype(hf, torch.float64),
+        "experts.2.up_proj.weight is of type F64; only BF16, F16, F32 are converted",
     ),
     "mixed dtypes": (
         lambda hf: set_dtype(hf, torch.float32),
         "matrices are to be of one type",
     ),
-    "link out of the directory": (leads_out, f"{FIRST} leads out of "),
+    "link to nowhere": (leads_nowhere, f"{FIRST} is missing"),
+    "tokenizer's link to nowhere": (tokenizer_leads_nowhere, "tokenizer.json is missing"),
     "index out of the directory": (
         lambda hf: edit_index(hf, lambda map_: map_.update({BIAS: "../elsewhere"})),
         "elsewhere leads out of ",
