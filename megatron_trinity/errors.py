@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
 import time
@@ -11,6 +13,9 @@ from typing import NoReturn
 
 TRACEBACK = "MEGATRON_TRINITY_TRACEBACK"
 """Environment variable that, if set, shows the traceback behind an error; for developers."""
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Environment variable in which torchrun names a file; its report ends with what stands there."""
 
 RANK_0_FIRST = 5.0
 """Seconds that the other ranks leave to rank 0 to report an error that all of them met."""
@@ -48,14 +53,25 @@ def report_error(error: TrinityError) -> None:
     """Print `error` once a launch, though every rank may have met it.
 
     Rank 0 prints at once. The launcher then ends the other ranks; one that is still there after a
-    while was alone with its error, and prints it.
+    while was alone with its error, and prints it. torchrun gets the line too, for its own report.
     """
     rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
+    line = f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}"
+    if rank != "0":
         time.sleep(RANK_0_FIRST)
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    _tell_launcher(line)
+    print(line, file=sys.stderr, flush=True)
+
+
+def _tell_launcher(line: str) -> None:
+    """Leave the line where torchrun looks for the traceback of a rank that has failed."""
+    place = os.environ.get(ERROR_FILE)
+    if place is None:
+        return
+    extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    # The line is printed in any case, so a disk that is full takes nothing away.
+    with contextlib.suppress(OSError), open(place, "w") as file:
+        json.dump({"message": {"message": line, "extraInfo": extra}}, file)
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
