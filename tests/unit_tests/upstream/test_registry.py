@@ -75,6 +75,7 @@ FINGERPRINTS: dict[str, str] = {
     "megatron.training.checkpointing.get_checkpoint_tracker_filename": "c55370c737d4740c",
     "megatron.training.datasets.data_samplers.build_pretraining_data_loader": "b6568c175ebdb18c",
     "megatron.training.initialize.initialize_megatron": "8fe56d11efb14104",
+    "megatron.training.training.build_train_valid_test_data_iterators": "e9cb1d9938fbbce7",
     "megatron.training.training.consume_seqlen_stats_in_iteration": "d3e918d3862cfdbd",
     "megatron.training.training.evaluate": "0531c445cb0eea0f",
     "megatron.training.training.get_train_valid_test_num_samples": "84c82ad2d0ac45d9",
