@@ -6,7 +6,8 @@
 #
 # Afterwards $root/.venv holds the versions of requirements/lock.txt and the package itself
 # (editable), and its `python` is first on PATH. A second call only compares a stamp.
-# `prepare_vllm "$root"` makes $root/.venv-vllm from requirements/vllm.txt, and leaves PATH alone.
+# `prepare_vllm "$root"` makes $root/.venv-vllm from requirements/vllm.txt, `prepare_clients "$root"`
+# $root/.venv-clients from requirements/clients.txt; they leave PATH alone.
 #
 # Needs bash, coreutils and flock (util-linux). PYTHON names the interpreter to build with; without
 # it an existing environment keeps the interpreter it has.
@@ -208,4 +209,9 @@ prepare_environment() {
 # For the tests of tests/clients alone: vLLM pins other versions of what the project uses.
 prepare_vllm() {
     _environment_make "$1" .venv-vllm requirements/vllm.txt
+}
+
+# For those too: training and evaluation with libraries that the project does not use itself.
+prepare_clients() {
+    _environment_make "$1" .venv-clients requirements/clients.txt
 }

@@ -1,0 +1,222 @@
+"""What other libraries do with an export, and that what they save comes back as a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AfmoeForCausalLM, AutoTokenizer
+
+from megatron_trinity.data.tokenizer import save_tokenizer, train_tokenizer
+from tests.afmoe import random_tensors, write_afmoe
+from tests.distributed.pool import RankPools
+from tests.paths import ROOT
+from tests.trinity import afmoe_config
+
+pytestmark = [pytest.mark.clients, pytest.mark.slow]
+
+CONFIG = afmoe_config(vocab_size=300)
+TEXT = "the sky over the harbour was grey, and def mean(values): return sum(values)"
+LORA_RANK = 2
+LIMIT = 300
+
+
+def export(rank: int, world_size: int, root: Path) -> None:
+    from megatron_trinity.checkpoint.hf.export_hf import export_hf
+    from megatron_trinity.checkpoint.hf.import_hf import import_hf
+
+    import_hf(root / "random", root / "megatron")
+    for dtype in ("fp32", "bf16"):
+        export_hf(root / "megatron", root / dtype, dtype=dtype, tokenizer=root / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def root(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Has exports of one model: `fp32` and `bf16`."""
+    root = tmp_path_factory.mktemp("clients")
+    (root / "tokenizer").mkdir()
+    save_tokenizer(train_tokenizer([TEXT] * 3, CONFIG.vocab_size), root / "tokenizer")
+    write_afmoe(root / "random", CONFIG, random_tensors(CONFIG, torch.float32))
+    ranks.run(export, root, world_size=1)
+    return root
+
+
+def client(python: Path, home: Path, *words: str | Path) -> str:
+    """What a command prints that runs offline, in the environment of the clients."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [python, *words],
+        cwd=ROOT / "tests/clients",
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def returned(
+    rank: int, world_size: int, hf: Path, save: Path, back: Path
+) -> tuple[int, float, float]:
+    """Agreement of a directory with the checkpoint that it becomes; it is exported again too."""
+    from megatron_trinity.checkpoint.hf.export_hf import export_hf
+    from megatron_trinity.checkpoint.hf.import_hf import import_hf
+    from megatron_trinity.checkpoint.hf.verify import verify_export
+
+    import_hf(hf, save)
+    export_hf(save, back)
+    return astuple(verify_export(save, hf))
+
+
+def come_back(ranks: RankPools, hf: Path, work: Path) -> dict[str, Tensor]:
+    """Import a directory, compare the models, and give what another export of it holds."""
+    arguments = (hf, work / "save", work / "back")
+    [(tokens, difference, same)] = ranks.run(returned, *arguments, world_size=1)
+    assert tokens > 10
+    assert difference < 1e-4
+    assert same == 1.0
+    assert (work / "back/tokenizer.json").is_file()
+    return weights(work / "back")
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in path.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+    assert one.keys() == other.keys()
+    return {name for name, tensor in one.items() if not torch.equal(tensor, other[name])}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_saved_again_by_transformers(
+    clients_python: Path, ranks: RankPools, root: Path, tmp_path: Path, dtype: str
+) -> None:
+    client(clients_python, tmp_path, "resave.py", root / dtype, tmp_path / "hf")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    back, exported = come_back(ranks, tmp_path / "hf", tmp_path), weights(root / dtype)
+    for name, tensor in exported.items():
+        if dtype == "bf16" and "norm" in name:  # it loads all but the expert bias in bf16
+            exported[name] = tensor.bfloat16().float()
+    assert different(back, exported) == set()
+    assert {name: t.dtype for name, t in back.items()} == {n: t.dtype for n, t in exported.items()}
+
+
+def fine_tuned(python: Path, root: Path, work: Path, mode: str) -> Sequence[float]:
+    """Losses of the steps, of which the first is that of the export."""
+    printed = client(python, work, "finetune.py", root / "fp32", work / "hf", mode)
+    losses: list[float] = json.loads(printed.strip().splitlines()[-1])
+    ids = AutoTokenizer.from_pretrained(root / "fp32")(TEXT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        first = AfmoeForCausalLM.from_pretrained(root / "fp32")(ids, labels=ids).loss
+    assert losses[0] == pytest.approx(first.item(), rel=1e-4)
+    assert losses[-1] < losses[0] - 0.5
+    return losses
+
+
+def test_steps_of_trainer(
+    clients_python: Path, ranks: RankPools, root: Path, tmp_path: Path
+) -> None:
+    fine_tuned(clients_python, root, tmp_path, "full")
+    back, before = come_back(ranks, tmp_path / "hf", tmp_path), weights(root / "fp32")
+    same = back.keys() - different(back, before)
+    # Trainer leaves the expert bias, and experts that no token went to.
+    assert {name for name in same if ".experts." not in name} == {
+        name for name in back if name.endswith("expert_bias")
+    }
+    assert any(".experts." in name for name in back.keys() - same)
+
+
+def test_lora_with_peft(clients_python: Path, ranks: RankPools, root: Path, tmp_path: Path) -> None:
+    fine_tuned(clients_python, root, tmp_path, "lora")
+    back, before = come_back(ranks, tmp_path / "hf", tmp_path), weights(root / "fp32")
+    changed = different(back, before)
+    targets = tuple(f"self_attn.{letter}_proj.weight" for letter in "qkvo")
+    assert changed == {name for name in back if name.endswith(targets)}
+    for name in changed:
+        values = torch.linalg.svdvals(back[name].double() - before[name].double())
+        assert values[LORA_RANK] < 1e-5 * values[0], name
+
+
+QUESTIONS = [
+    ("the sky over the harbour was", ["grey", "sum", "values"], 0),
+    ("and def mean(values):", ["the sky", "return sum"], 1),
+    ("the", ["return", "harbour was grey", "def mean", "values"], 1),
+]
+TASK = """task: harbour
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1}
+"""
+
+
+def log_likelihoods(path: Path) -> list[list[float]]:
+    """Of each choice behind its question, in nats."""
+    model, tokenizer = AfmoeForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    found = []
+    for question, choices, _ in QUESTIONS:
+        given = len(tokenizer(question).input_ids)
+        of_question = []
+        for choice in choices:
+            ids = tokenizer(f"{question} {choice}", return_tensors="pt").input_ids
+            with torch.no_grad():
+                logits = model(ids).logits[0, given - 1 : -1]
+            of_tokens = logits.log_softmax(-1).gather(1, ids[0, given:, None])
+            of_question.append(of_tokens.sum().item())
+        found.append(of_question)
+    return found
+
+
+def test_lm_eval(clients_python: Path, root: Path, tmp_path: Path) -> None:
+    keys = ("question", "choices", "answer")
+    lines = [json.dumps(dict(zip(keys, asked, strict=True))) for asked in QUESTIONS]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    (tmp_path / "tasks").mkdir()
+    file = str(tmp_path / "questions.jsonl")
+    (tmp_path / "tasks/harbour.yaml").write_text(TASK.replace("FILE", file))
+    client(
+        clients_python,
+        tmp_path,
+        *("-m", "lm_eval", "--model", "hf", "--tasks", "harbour", "--device", "cpu"),
+        *("--model_args", f"pretrained={root / 'fp32'},dtype=float32"),
+        *("--include_path", tmp_path / "tasks", "--batch_size", "1"),
+        *("--output_path", tmp_path / "results", "--log_samples"),
+    )
+    [results] = (tmp_path / "results").rglob("results_*.json")
+    [samples] = (tmp_path / "results").rglob("samples_harbour_*.jsonl")
+    expected = log_likelihoods(root / "fp32")
+    answers = [max(range(len(row)), key=row.__getitem__) for row in expected]
+    right = sum(answer == asked[2] for answer, asked in zip(answers, QUESTIONS, strict=True))
+    scores = json.loads(results.read_text())["results"]["harbour"]
+    assert scores["acc,none"] == pytest.approx(right / len(QUESTIONS))
+    for line, row in zip(samples.read_text().splitlines(), expected, strict=True):
+        found = [float(response[0]) for response in json.loads(line)["filtered_resps"]]
+        assert found == pytest.approx(row, rel=1e-4)
