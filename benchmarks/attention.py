@@ -8,23 +8,21 @@ longer sequences: its memory has to grow linearly.
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_trinity.errors import UsageError, run_command
+from megatron_trinity.command_line.parser import command_parser, require_at_least_one
+from megatron_trinity.command_line.peak_memory import peak_memory
+from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
+from megatron_trinity.command_line.single_rank import start_single_rank_group
+from megatron_trinity.errors import run_command
 
 EXAMPLE = """example:
   OMP_NUM_THREADS=1 python benchmarks/attention.py
@@ -118,39 +116,20 @@ def seconds(case: Case, kinds: Sequence[str], repetitions: int) -> dict[str, lis
 
 
 def memory(case: Case, kind: str) -> float:
-    """MiB above what the process had with its tensors made, in a fork of this one."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure_memory, args=(case, kind, sender))
-    child.start()
-    sender.close()
-    peak: float = receiver.recv()
-    child.join()
-    return peak
+    """MiB above what a process has with its tensors made."""
+
+    def prepare() -> Callable[[], object]:
+        qkv = tensors(case.length)
+        core = attention(case, kind)
+        return lambda: forward_and_backward(core, qkv)
+
+    return peak_memory(prepare) / MIB
 
 
-def _measure_memory(case: Case, kind: str, sender: Any) -> None:
-    qkv = tensors(case.length)
-    core = attention(case, kind)
-    before = _peak()
-    forward_and_backward(core, qkv)
-    sender.send(_peak() - before)
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
-
-
-def rows(figures: dict[Case, Figures]) -> list[dict[str, object]]:
-    """What `--json` writes; a ratio above 1 is in favour of "ours"."""
+def rows(figures: dict[Case, Figures]) -> list[Row]:
+    """What `--json` writes."""
     return [
-        {
-            "case": f"{what}: {case.name}",
-            "ours": values["ours"],
-            "peer": values.get("peer"),
-            "unit": unit,
-            "ratio": values["peer"] / values["ours"] if "peer" in values else None,
-        }
+        make_row(f"{what}: {case.name}", values["ours"], values.get("peer"), unit)
         for case, found in figures.items()
         for what, unit, values in (
             ("forward and backward", "ms", {k: 1000 * found.median(k) for k in found.seconds}),
@@ -159,12 +138,14 @@ def rows(figures: dict[Case, Figures]) -> list[dict[str, object]]:
     ]
 
 
-def table(found: list[dict[str, object]]) -> Table:
+def table(found: Sequence[Row]) -> Table:
     out = Table("case", "ours", "DotProductAttention", "unit", "ratio")
     for row in found:
-        numbers = [f"{row[key]:.1f}" if row[key] is not None else "" for key in ("ours", "peer")]
-        ratio = f"{row['ratio']:.1f}" if row["ratio"] is not None else ""
-        out.add_row(str(row["case"]), *numbers, str(row["unit"]), ratio)
+        ours, peer, ratio = (
+            f"{number:.1f}" if number is not None else ""
+            for number in (row["ours"], row["peer"], row["ratio"])
+        )
+        out.add_row(row["case"], ours, peer, row["unit"], ratio)
     return out
 
 
@@ -172,26 +153,18 @@ def start_megatron() -> None:
     """A world of one rank, on the CPU."""
     from megatron.core import parallel_state, tensor_parallel
 
-    from megatron_trinity.upstream import adapt_megatron
-
-    adapt_megatron()
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+    start_single_rank_group()
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("--repetitions", type=int, default=7, help="default %(default)s")
     parser.add_argument("--quick", action="store_true", help="shorter sequences, within a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as rows")
+    add_json_argument(parser)
     arguments = parser.parse_args()
-    if arguments.repetitions < 1:
-        raise UsageError(f"--repetitions {arguments.repetitions}: use 1 or more")
+    require_at_least_one("--repetitions", arguments.repetitions)
     start_megatron()
     length, window = (1024, 128) if arguments.quick else (4096, 512)
     cases = {Case(layer, length, window): KINDS for layer in (LOCAL_LAYER, GLOBAL_LAYER)}
@@ -205,8 +178,7 @@ def main() -> None:
         }
     )
     Console(width=110).print(table(found))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    write_rows(arguments.json, found)
 
 
 if __name__ == "__main__":

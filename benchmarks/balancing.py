@@ -7,7 +7,6 @@ times below that of no balancing. A run that is done is not redone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -15,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from megatron_trinity.errors import TrinityError, UsageError, run_command
+from megatron_trinity.command_line.parser import command_parser
+from megatron_trinity.command_line.quickstart import add_data_argument, data_flags, require_data
+from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
+from megatron_trinity.command_line.scalars import Scalars, read_scalars
+from megatron_trinity.errors import TrinityError, run_command
 
 EXAMPLE = """example:
   bash examples/quickstart.sh    # prepares the data
@@ -43,8 +47,6 @@ SMOOTHING = 10  # steps that a point of a thick line is the mean of
 NEEDED = 3.0  # how much smaller than without balancing the max violation has to become
 SEQUENCE, EVAL_BATCH = 256, 16  # tokens; sequences, as the quickstart evaluates
 
-Scalars = Mapping[str, Mapping[int, float]]  # name in the log to step to value
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -64,11 +66,7 @@ class Plan:
         options = {
             "--preset": "tiny",
             "--load-balancing": rule,
-            "--tokenizer-model": self.data / "tokenizer",
-            "--train-data-path": self.data / "data_train",
-            "--valid-data-path": self.data / "data_valid",
-            "--data-cache-path": self.output / "cache",
-            "--num-workers": 0,
+            **data_flags(self.data, cache=self.output / "cache"),
             "--global-batch-size": self.global_batch,
             "--train-iters": self.steps,
             "--lr-warmup-iters": min(20, self.steps // 4),
@@ -118,27 +116,10 @@ def validation_batches(data: Path) -> int:
     Raises:
         UsageError: the data is not there.
     """
-    names = ["data.json", "tokenizer"]
-    names += [f"data_{split}.{end}" for split in ("train", "valid") for end in ("bin", "idx")]
-    missing = [name for name in names if not (data / name).exists()]
-    if missing:
-        raise UsageError(
-            f"{data} has no {missing[0]}; run `bash examples/quickstart.sh`, or give --data DIR"
-        )
+    splits = (f"data_{split}.{end}" for split in ("train", "valid") for end in ("bin", "idx"))
+    require_data(data, "data.json", "tokenizer", *splits)
     tokens = json.loads((data / "data.json").read_text())["splits"]["valid"]["tokens"]
     return int(tokens - 1) // SEQUENCE // EVAL_BATCH
-
-
-def read_scalars(directory: Path) -> Scalars:
-    """All that TensorBoard's files have."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        tag: {event.step: event.value for event in events.Scalars(tag)}
-        for tag in events.Tags()["scalars"]
-    }
 
 
 def is_done(plan: Plan, rule: str) -> bool:
@@ -219,22 +200,13 @@ def table(outcomes: Mapping[str, Outcome], steps: int) -> str:
     return title + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def rows(outcomes: Mapping[str, Outcome]) -> list[dict[str, object]]:
-    """What `--json` writes; a ratio above 1 is in favour of "ours"."""
-    result: list[dict[str, object]] = []
+def rows(outcomes: Mapping[str, Outcome]) -> list[Row]:
+    """What `--json` writes."""
+    result: list[Row] = []
 
     def add(ours: str, peer: str, measure: str, unit: str, values: tuple[float, float]) -> None:
-        mine, theirs = values
-        better = (mine, theirs) if measure == ENTROPY else (theirs, mine)
-        result.append(
-            {
-                "case": f"{measure}: {RULES[ours][0]} against {RULES[peer][0]}",
-                "ours": mine,
-                "peer": theirs,
-                "unit": unit,
-                "ratio": better[0] / better[1] if better[1] else None,
-            }
-        )
+        case = f"{measure}: {RULES[ours][0]} against {RULES[peer][0]}"
+        result.append(make_row(case, *values, unit, more_is_better=measure == ENTROPY))
 
     for ours, peer in (("sign", "none"), ("smebu", "none"), ("smebu", "sign")):
         a, b = outcomes[ours], outcomes[peer]
@@ -297,17 +269,10 @@ def check_balanced(outcomes: Mapping[str, Outcome]) -> None:
         )
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("--steps", type=int, default=600, help="of each run (default %(default)s)")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=ROOT / "runs" / "quickstart",
-        help="the quickstart's folder (default runs/quickstart)",
-    )
+    add_data_argument(parser, ROOT)
     parser.add_argument(
         "--output",
         type=Path,
@@ -315,7 +280,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="folder of the runs (default runs/balancing)",
     )
     parser.add_argument("--figure", type=Path, help="also draw max violation, as .svg or .png")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as rows")
+    add_json_argument(parser)
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -349,8 +314,7 @@ def main() -> None:
     check_same_start(runs)
     outcomes = {rule: Outcome.of(scalars) for rule, scalars in runs.items()}
     print(table(outcomes, plan.steps))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows(outcomes), indent=2) + "\n")
+    write_rows(arguments.json, rows(outcomes))
     if arguments.figure:
         draw(runs, arguments.figure)
     if not arguments.quick:

@@ -8,7 +8,6 @@ all takes about 37 GB under --scratch for a while, and is removed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ from megatron_trinity.checkpoint.hf.config import config_json
 from megatron_trinity.checkpoint.hf.mapping import entries
 from megatron_trinity.checkpoint.hf.safetensors_files import lay_out
 from megatron_trinity.checkpoint.hf.source import INDEX, open_hf_directory
+from megatron_trinity.command_line.parser import command_parser
+from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
 from megatron_trinity.errors import TrinityError, run_command
 
 EXAMPLE = """example:
@@ -202,27 +204,23 @@ def show(size: int, runs: dict[str, Run]) -> None:
     Console().print(out)
 
 
-def rows(runs: dict[str, Run]) -> list[dict[str, object]]:
+def rows(runs: dict[str, Run]) -> list[Row]:
     """What `--json` writes: time of each conversion against `cp`, and memory against the limit."""
-    cases = []
+    found = []
     for name in ("import", "export"):
-        ours, peer = runs[name], runs["cp"].seconds
-        values = (f"{name}, time", ours.seconds, peer, "s", peer / ours.seconds)
-        memory = (f"{name}, memory", ours.peak, LIMIT, "bytes", LIMIT / ours.peak)
-        keys = ("case", "ours", "peer", "unit", "ratio")
-        cases += [dict(zip(keys, row, strict=True)) for row in (values, memory)]
-    return cases
+        run = runs[name]
+        found.append(make_row(f"{name}, time", run.seconds, runs["cp"].seconds, "s"))
+        found.append(make_row(f"{name}, memory", run.peak, LIMIT, "bytes"))
+    return found
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments() -> Namespace:
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where there is room"
     )
     parser.add_argument("--workers", type=int, default=2, help="(default %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as rows")
+    add_json_argument(parser)
     parser.add_argument("--quick", action="store_true", help="a small model")
     return parser.parse_args()
 
@@ -239,8 +237,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="hf_conversion-") as scratch:
         size, runs = convert(Path(scratch), config, arguments.workers)
     show(size, runs)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows(runs), indent=2) + "\n")
+    write_rows(arguments.json, rows(runs))
 
 
 if __name__ == "__main__":

@@ -15,16 +15,12 @@ them all; times are those of CUDA events, and kernel launches are counted.
 
 from __future__ import annotations
 
-import argparse
-import ctypes
-import json
 import math
-import multiprocessing
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from megatron_trinity.command_line.parser import command_parser
+from megatron_trinity.command_line.peak_memory import peak_memory
+from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
+from megatron_trinity.command_line.single_rank import start_single_rank_group
 from megatron_trinity.errors import TrinityError, UsageError, run_command
 
 EXAMPLE = """example:
@@ -343,60 +343,34 @@ def launches(case: Case, layers: int, precision: str) -> dict[str, int]:
 
 def step_memory(case: Case, side: str, precision: str) -> float:
     """Peak of a step above weights and gradients, momentum included, over the momentum's size."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure, args=(case, side, precision, sender))
-    child.start()
-    sender.close()
-    ratio: float = receiver.recv()
-    child.join()
-    return ratio
-
-
-def _measure(case: Case, side: str, precision: str, sender: Any) -> None:
     layer = 4 * sum(rows * columns for rows, columns in case.shapes(1).values())
-    found = parameters(case, math.ceil(MEMORY_BYTES / layer), "cpu")
-    momentum = sum(parameter.nbytes for parameter in found.values())
-    # What making the parameters has freed would hide as much of the step.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
-    before = _memory("VmRSS")
-    SIDES[side](case, found, precision)()
-    sender.send((_memory("VmHWM") - before) / momentum)
+    layers = math.ceil(MEMORY_BYTES / layer)
+
+    def prepare() -> Callable[[], object]:
+        found = parameters(case, layers, "cpu")
+        return lambda: SIDES[side](case, found, precision)()
+
+    return peak_memory(prepare) / (layers * layer)
 
 
-def _memory(name: str) -> int:
-    """Bytes of this process, from the kernel."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def rows(case: Case, unit: str, values: Mapping[str, float]) -> list[dict[str, object]]:
-    """A row for each peer; a ratio above 1 is in favour of "ours"."""
+def rows(case: Case, unit: str, values: Mapping[str, float]) -> list[Row]:
+    """A row for each peer."""
     return [
-        {
-            "case": f"{case.name}, {unit}, against {name}",
-            "ours": values["ours"],
-            "peer": values[peer],
-            "unit": unit,
-            "ratio": values[peer] / values["ours"],
-        }
+        make_row(f"{case.name}, {unit}, against {name}", values["ours"], values[peer], unit)
         for peer, name in PEERS.items()
         if peer in values
     ]
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> Table:
+def table(found: Sequence[Row]) -> Table:
     out = Table("case", "ours", "peer", "ratio")
     for row in found:
         out.add_row(row["case"], f"{row['ours']:.3g}", f"{row['peer']:.3g}", f"{row['ratio']:.2f}")
     return out
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("--layers", type=int, default=1, help="default %(default)s")
     parser.add_argument("--repetitions", type=int, default=5, help="default %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -405,7 +379,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=("fp32", "bf16"),
         help="of the products, but for torch's (default: fp32 on a CPU, bf16 on CUDA)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as rows")
+    add_json_argument(parser)
     parser.add_argument("--quick", action="store_true", help="a few experts, 2 repetitions")
     arguments = parser.parse_args(argv)
     if arguments.layers < 1 or arguments.repetitions < 1:
@@ -420,12 +394,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from megatron_trinity.upstream import adapt_megatron
-
-    adapt_megatron()
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+    start_single_rank_group()
     cases = [
         Case("nano, experts of EP 8", NANO, experts_only=True),
         Case("nano, a layer of EP 8", NANO, experts_only=False),
@@ -447,8 +416,7 @@ def main() -> None:
         if arguments.device == "cuda":
             found += rows(case, "launches", launches(case, layers, precision))
     Console(width=110).print(table(found))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    write_rows(arguments.json, found)
 
 
 if __name__ == "__main__":

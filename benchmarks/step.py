@@ -10,24 +10,24 @@ out first. Fails if the two do not start with the same loss.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import json
 import os
-import socket
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_trinity.command_line.parser import command_parser
+from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
+from megatron_trinity.command_line.single_rank import single_rank_environment
 from megatron_trinity.errors import TrinityError, run_command
 
 EXAMPLE = """example:
@@ -233,23 +233,16 @@ def check_same_start(ours: Step, peer: Step, batch: Batch) -> None:
         raise TrinityError(f"the first losses differ: ours {mine:.6f}, transformers {its:.6f}")
 
 
-def rows(times: Mapping[str, Times], threads: int) -> list[dict[str, object]]:
+def rows(times: Mapping[str, Times], threads: int) -> list[Row]:
     """What `--json` writes: tokens per second of both sides, from medians."""
     tokens = MICRO_BATCH * SEQUENCE
-    result: list[dict[str, object]] = []
+    result = []
     for clock in ("cpu", "wall"):
         ours, peer = (
             tokens / statistics.median(getattr(times[side], clock)) for side in ("ours", "peer")
         )
-        result.append(
-            {
-                "case": f"training step, {threads} thread{'s' * (threads > 1)}, {clock} time",
-                "ours": ours,
-                "peer": peer,
-                "unit": "tokens/s",
-                "ratio": ours / peer,
-            }
-        )
+        case = f"training step, {threads} thread{'s' * (threads > 1)}, {clock} time"
+        result.append(make_row(case, ours, peer, "tokens/s", more_is_better=True))
     return result
 
 
@@ -259,7 +252,7 @@ def spread(times: Sequence[float]) -> str:
     return f"{1e3 * middle:.0f} ({1e3 * low:.0f} to {1e3 * high:.0f})"
 
 
-def show(times: Mapping[str, Times], table_rows: Sequence[Mapping[str, Any]], title: str) -> None:
+def show(times: Mapping[str, Times], table_rows: Sequence[Row], title: str) -> None:
     out = Table(title=title)
     for column in ("", "ours, ms (quartiles)", "transformers, ms (quartiles)"):
         out.add_column(column, justify="right" if column else "left")
@@ -276,13 +269,11 @@ def show(times: Mapping[str, Times], table_rows: Sequence[Mapping[str, Any]], ti
     Console(width=140).print(out)
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("--steps", type=int, default=40, help="a side (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="default %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as rows")
+    add_json_argument(parser)
     parser.add_argument("--quick", action="store_true", help="8 steps a side")
     arguments = parser.parse_args(argv)
     if arguments.quick:
@@ -294,11 +285,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def start_alone(threads: int) -> None:
     """Set up this process as the only rank; before torch is imported, which reads the threads."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= single_rank_environment()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     # The trainer runs where there is no GPU; where there is one, both sides would use it.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -320,8 +307,7 @@ def main() -> None:
     table_rows = rows(times, arguments.threads)
     title = f"medians of {arguments.steps} steps; transformers with experts {experts}"
     show(times, table_rows, title)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(table_rows, indent=2) + "\n")
+    write_rows(arguments.json, table_rows)
 
 
 if __name__ == "__main__":

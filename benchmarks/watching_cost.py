@@ -8,15 +8,13 @@ step, and Megatron's own line and scalars are written in every step.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_trinity.errors import UsageError, run_command
+from megatron_trinity.command_line.parser import command_parser
+from megatron_trinity.command_line.quickstart import add_data_argument, data_flags, require_data
+from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
+from megatron_trinity.command_line.single_rank import single_rank_environment
+from megatron_trinity.errors import run_command
 
 EXAMPLE = """example:
   bash examples/quickstart.sh    # prepares the data
@@ -74,16 +76,12 @@ def is_watched(step: int) -> bool:
     return bool(pair % 2) == bool(second)
 
 
-def flags(arguments: argparse.Namespace, scratch: Path) -> list[str]:
+def flags(arguments: Namespace, scratch: Path) -> list[str]:
     """The trainer's command line."""
     options = {
         "--preset": "tiny",
         "--global-batch-size": 8 if arguments.quick else 32,
-        "--tokenizer-model": arguments.data / "tokenizer",
-        "--train-data-path": arguments.data / "data_train",
-        "--valid-data-path": arguments.data / "data_valid",
-        "--data-cache-path": scratch / "cache",
-        "--num-workers": 0,
+        **data_flags(arguments.data, cache=scratch / "cache"),
         # One more than is measured: the first step's beginning is not seen.
         "--train-iters": 2 * (arguments.pairs + WARM_UP) + 1,
         "--lr-warmup-iters": 2,
@@ -99,8 +97,7 @@ def flags(arguments: argparse.Namespace, scratch: Path) -> list[str]:
 
 def measure(argv: Sequence[str], log: Path) -> Stopwatch:
     """Train, with every other step watched; the trainer's output goes into `log`."""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    os.environ |= single_rank_environment()
 
     from megatron_trinity.upstream import adapt_megatron
 
@@ -146,11 +143,11 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
         with watch.part("balancing"):
             return balance_experts(*args)
 
-    def forward(iterator: Any, model: Any, *, record: Any) -> Any:
+    def forward(iterator: Any, model: Any, *, record: Any, flops: Any) -> Any:
         from megatron.training import get_args
 
         watched = is_watched(int(get_args().curr_iteration) + 1)
-        return forward_step(iterator, model, record=record if watched else None)
+        return forward_step(iterator, model, record=record if watched else None, flops=flops)
 
     class TimedRecord(pretrain.MicroBatchRecord):
         def append(self, *args: Any) -> None:
@@ -173,12 +170,6 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
     with log.open("w") as file, contextlib.redirect_stdout(file):
         pretrain.pretrain(argv)
     return watch
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def watching_alone(parts: Mapping[str, float]) -> dict[str, float]:
@@ -255,7 +246,7 @@ def show(cost: Cost, pairs: int) -> None:
     Console().print(out)
 
 
-def rows(cost: Cost) -> list[dict[str, object]]:
+def rows(cost: Cost) -> list[Row]:
     """What `--json` writes: a step with watching (ours) against one without."""
     step = cost.wall.not_watched
     cases = {
@@ -263,24 +254,14 @@ def rows(cost: Cost) -> list[dict[str, object]]:
         "step, CPU time": (cost.cpu.watched, cost.cpu.not_watched),
         "step, watching alone added": (step + sum(cost.alone.values()), step),
     }
-    return [
-        {"case": case, "ours": ours, "peer": peer, "unit": "s", "ratio": peer / ours}
-        for case, (ours, peer) in cases.items()
-    ]
+    return [make_row(case, ours, peer, "s") for case, (ours, peer) in cases.items()]
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments() -> Namespace:
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("--pairs", type=int, default=60, help="of steps (default %(default)s)")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=ROOT / "runs" / "quickstart",
-        help="the quickstart's folder (default runs/quickstart)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as rows")
+    add_data_argument(parser, ROOT)
+    add_json_argument(parser)
     parser.add_argument("--quick", action="store_true", help="12 pairs of steps of a quarter")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -288,11 +269,7 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.pairs < 2:
         parser.error("--pairs has to be at least 2")
     arguments.data = arguments.data.resolve()
-    if not (arguments.data / "data_train.idx").exists():
-        raise UsageError(
-            f"{arguments.data} has no data_train.idx; run `bash examples/quickstart.sh`, "
-            "or give --data DIR"
-        )
+    require_data(arguments.data, "data_train.idx")
     return arguments
 
 
@@ -305,8 +282,7 @@ def main() -> None:
         watch = measure(flags(arguments, Path(scratch)), log)
     cost = Cost.of(watch.steps)
     show(cost, arguments.pairs)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows(cost), indent=2) + "\n")
+    write_rows(arguments.json, rows(cost))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_trinity.command_line.scalars import Scalars, read_scalars
 from megatron_trinity.errors import TrinityError, run_command
 
 PROMPT = "def read(self, path):\n"
@@ -20,29 +20,11 @@ VALIDATION_LOSS = "lm loss validation"
 SPEED = "tokens per second"
 
 
-@dataclass(frozen=True)
-class Scalars:
-    """The last value that TensorBoard's files of a run have for each step of a scalar."""
-
-    by_tag: Mapping[str, Mapping[int, float]]
-
-    @classmethod
-    def read(cls, directory: Path) -> Scalars:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
-        events.Reload()
-        return cls(
-            {
-                tag: {event.step: event.value for event in events.Scalars(tag)}
-                for tag in events.Tags()["scalars"]
-            }
-        )
-
-    def steps(self, tag: str) -> Mapping[int, float]:
-        if tag not in self.by_tag:
-            raise TrinityError(f"TensorBoard's files have no {tag!r}; has the training ended?")
-        return self.by_tag[tag]
+def steps(scalars: Scalars, tag: str) -> Mapping[int, float]:
+    """Raises: TrinityError if the run has not written this scalar."""
+    if tag not in scalars:
+        raise TrinityError(f"TensorBoard's files have no {tag!r}; has the training ended?")
+    return scalars[tag]
 
 
 def generate(hf_dir: Path) -> str:
@@ -67,8 +49,8 @@ def summarize(run: Path) -> dict[str, object]:
     Raises:
         TrinityError: something is missing.
     """
-    scalars = Scalars.read(run / "tensorboard")
-    losses, speeds = scalars.steps(VALIDATION_LOSS), scalars.steps(SPEED)
+    scalars = read_scalars(run / "tensorboard")
+    losses, speeds = steps(scalars, VALIDATION_LOSS), steps(scalars, SPEED)
     batch_tokens = tokens_per_iteration(run / "checkpoints")
     iterations = max(losses)
     manifest = json.loads((run / "data.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,9 @@ from megatron_trinity.arguments.model import REPLACED_REFUSALS
 from megatron_trinity.arguments.refusal import Refusal, printed
 from megatron_trinity.arguments.refusals import REFUSALS
 from megatron_trinity.arguments.schedule import TOKEN_REFUSALS
+from megatron_trinity.arguments.verdicts.needs_cuda import NEEDS_CUDA
+from megatron_trinity.arguments.verdicts.refused import REFUSED
+from megatron_trinity.arguments.verdicts.table import Example, same_answer, works
 from megatron_trinity.planning.layouts import RECOMMENDED
 from megatron_trinity.upstream.adaptations import ADAPTATIONS, MODULES
 from tests.distributed.layouts import FEATURES, LAYOUTS, MAX_RANKS, cannot_meet, ranks_of
@@ -59,7 +63,7 @@ def _needs_cuda() -> str:
 def adaptations(when: str) -> str:
     """Those of `upstream/` that are made at this time, a line each."""
     rows = "\n".join(
-        f"| `{a.name}` | {_summary(MODULES[a])} | {a.reason} | {a.remove_when} |"
+        f"| `{a.name}` | {_summary(MODULES[a.name])} | {a.reason} | {a.remove_when} |"
         for a in ADAPTATIONS
         if a.when == when
     )
@@ -78,6 +82,72 @@ def upstream() -> str:
         _, end, after = rest.partition("<!-- end -->")
         text = before + mark + adaptations(when) + end + after
     return text
+
+
+def flags() -> str:
+    """The verdict on each of Megatron's flags."""
+    of_reason = "\n".join(
+        f"| {_marked(reason)} | {_listed(flags.split())} |" for reason, flags in REFUSED.items()
+    )
+    of_use = "\n".join(f"| {use} | {_listed(flags.split())} |" for use, flags in NEEDS_CUDA.items())
+    return f"""# Megatron's flags
+
+Every flag of megatron-core 0.19.2 has one of four verdicts. The tables are those of
+`megatron_trinity/arguments/verdicts/`, printed by `python -m tests.pages`;
+`tests/distributed/test_flags.py` walks Megatron's parser, and runs each flag of the first two
+tables for a few steps. Where flags do not go together, [what is refused](refusals.md) says so.
+Trinity's own flags are in `--help`.
+
+## Works
+It changes what is computed; a run with it has other losses or gradient norms than one without.
+
+| flag | tried with |
+|---|---|
+{_tried(works())}
+
+## Same answer
+It changes speed, memory, files or the log; losses and gradient norms are those without it.
+
+| flag | tried with |
+|---|---|
+{_tried(same_answer())}
+
+## Refused
+Off its default it ends the start with exit code 2 and this reason.
+
+| reason | flags |
+|---|---|
+{of_reason}
+
+## Needs CUDA
+Refused on a machine without it; with it, as Megatron has it.
+
+| for | flags |
+|---|---|
+{of_use}
+"""
+
+
+def _tried(examples: Iterable[Example]) -> str:
+    return "\n".join(f"| `{e.flag}` | {_trial(e)} |" for e in examples)
+
+
+def _trial(example: Example) -> str:
+    if example.shown_by is not None:
+        return f"`{example.shown_by}`"
+    if example.untried is not None:
+        return f"not tried: {example.untried}"
+    words = " ".join((*example.words, *example.needed, *example.base))
+    ranks = f", on {example.ranks} ranks" if example.ranks > 1 else ""
+    return f"`{words}`{ranks}".replace("|", "\\|")
+
+
+def _listed(flags: Iterable[str]) -> str:
+    return ", ".join(f"`{flag}`" for flag in flags)
+
+
+def _marked(text: str) -> str:
+    return re.sub(r"--[a-z0-9][a-z0-9-]*", lambda flag: f"`{flag[0]}`", text)
 
 
 def layouts() -> str:
@@ -145,6 +215,7 @@ def _code(words: tuple[str, ...]) -> str:
 def pages() -> Iterator[tuple[Path, str]]:
     """Path and text of each page."""
     yield DOCS / "refusals.md", refusals()
+    yield DOCS / "flags.md", flags()
     yield DOCS / "layouts.md", layouts()
     yield DOCS / "upstream.md", upstream()
 

@@ -6,13 +6,13 @@ Any Megatron or Trinity flag makes a layout of your own; without one it is the r
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_trinity.command_line.parser import command_parser, require_at_least_one
 from megatron_trinity.errors import TrinityError, UsageError, run_command
 from megatron_trinity.planning.layouts import RECOMMENDED, Layout, recommended
 
@@ -30,12 +30,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def parse_command_line() -> tuple[Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__, EXAMPLE, allow_abbrev=False)
     parser.add_argument("--preset", metavar="NAME", help="a preset, or a YAML file")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks of the layout")
     parser.add_argument("--all", action="store_true", help="every recommended layout")
@@ -63,8 +58,7 @@ def chosen_layouts(command: Namespace, flags: list[str]) -> tuple[Layout, ...]:
         return RECOMMENDED
     if command.preset is None or command.world_size is None:
         raise UsageError("give --preset and --world-size, or --all; --help has examples")
-    if command.world_size < 1:
-        raise UsageError(f"--world-size {command.world_size}: use 1 or more")
+    require_at_least_one("--world-size", command.world_size)
     if flags:
         return (Layout(command.preset, command.world_size, tuple(flags)),)
     return (recommended(command.preset, command.world_size),)
@@ -124,10 +118,8 @@ def report(layout: Layout, check: LayoutCheck, problems: Sequence[str], seconds:
 def main() -> None:
     command, flags = parse_command_line()
     layouts = chosen_layouts(command, flags)
-    if command.sample is not None and command.sample < 1:
-        raise UsageError(f"--sample {command.sample}: use 1 or more")
-    if command.workers < 1:
-        raise UsageError(f"--workers {command.workers}: use 1 or more")
+    require_at_least_one("--sample", command.sample)
+    require_at_least_one("--workers", command.workers)
 
     from megatron_trinity.upstream import adapt_megatron
 

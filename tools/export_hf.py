@@ -1,11 +1,17 @@
 #!/usr/bin/env python3
 """Write an AfMoE directory of Hugging Face from a Megatron checkpoint."""
 
-import argparse
-import os
+from argparse import Namespace
 from pathlib import Path
 
-from megatron_trinity.checkpoint.conversion.tasks import add_resource_arguments, memory_and_workers
+from megatron_trinity.command_line.conversion import (
+    add_nonfinite_argument,
+    add_resource_arguments,
+    memory_and_workers,
+    print_written,
+    start_conversion,
+)
+from megatron_trinity.command_line.parser import command_parser, require_parent
 from megatron_trinity.errors import TrinityError, UsageError, run_command
 
 EXAMPLE = """example:
@@ -14,9 +20,7 @@ EXAMPLE = """example:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("--load", type=Path, required=True, help="checkpoint, of any layout")
     parser.add_argument("--hf", type=Path, required=True, help="directory to write")
     parser.add_argument(
@@ -33,9 +37,7 @@ def main() -> None:
         help="three matrices an expert, or stacks of all (default: %(default)s)",
     )
     add_resource_arguments(parser)
-    parser.add_argument(
-        "--allow-nonfinite", action="store_true", help="write values that are not finite"
-    )
+    add_nonfinite_argument(parser, "write")
     parser.add_argument(
         "--fp8",
         choices=["block", "compressed-tensors"],
@@ -69,18 +71,10 @@ def main() -> None:
         raise UsageError("--prompt goes with --verify")
     if args.fp8 and args.verify:
         raise UsageError("--verify compares weights as they are, not in FP8: leave one out")
-    if args.fp8_report:
-        if not args.fp8:
-            raise UsageError("--fp8-report goes with --fp8")
-        if not args.fp8_report.parent.is_dir():
-            raise UsageError(f"--fp8-report: {args.fp8_report.parent} is no directory")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
-
-    from megatron_trinity.checkpoint.conversion.allocator import return_freed_memory
-    from megatron_trinity.upstream import adapt_megatron
-
-    adapt_megatron()
-    return_freed_memory()
+    if args.fp8_report and not args.fp8:
+        raise UsageError("--fp8-report goes with --fp8")
+    require_parent("--fp8-report", args.fp8_report)
+    start_conversion()
 
     if args.verify and args.hf.exists() and not args.overwrite:
         print(f"{args.hf} is there already and is not written")
@@ -90,7 +84,7 @@ def main() -> None:
         verify(args)
 
 
-def export(args: argparse.Namespace) -> None:
+def export(args: Namespace) -> None:
     from megatron_trinity.checkpoint.hf.export_hf import export_hf
     from megatron_trinity.checkpoint.hf.files import write_json
     from megatron_trinity.progress import progress_for_terminal
@@ -110,9 +104,7 @@ def export(args: argparse.Namespace) -> None:
         fp8=args.fp8,
         show=progress_for_terminal,
     )
-    for name, count in done.nonfinite.items():
-        print(f"warning: {name} has {count} values that are not finite")
-    print(f"wrote {args.hf}: {done.written / 1e6:,.1f} MB of weights")
+    print_written(args.hf, done.written, done.nonfinite)
     errors = done.fp8_errors
     if errors:
         worst = max(errors, key=errors.__getitem__)
@@ -124,7 +116,7 @@ def export(args: argparse.Namespace) -> None:
         write_json(args.fp8_report, errors)
 
 
-def verify(args: argparse.Namespace) -> None:
+def verify(args: Namespace) -> None:
     from megatron_trinity.checkpoint.hf.verify import verify_export
 
     found = verify_export(args.load, args.hf, args.prompt)

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_trinity.checkpoint.conversion.tasks import add_resource_arguments, memory_and_workers
+from megatron_trinity.command_line.conversion import (
+    add_nonfinite_argument,
+    add_resource_arguments,
+    hide_gpus,
+    memory_and_workers,
+    print_written,
+    start_conversion,
+)
+from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.errors import UsageError, run_command
 
 if TYPE_CHECKING:
@@ -24,9 +30,7 @@ then go on from its weights with
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "--hf", required=True, help="directory to read, or OWNER/NAME of a model of the Hub"
     )
@@ -40,9 +44,7 @@ def main() -> None:
         help="dtype of matrices (default: as they are, fp16 as fp32)",
     )
     add_resource_arguments(parser)
-    parser.add_argument(
-        "--allow-nonfinite", action="store_true", help="take values that are not finite"
-    )
+    add_nonfinite_argument(parser, "take")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint")
     parser.add_argument(
         "--dry-run",
@@ -52,32 +54,18 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.save is None and not arguments.dry_run:
         raise UsageError("--save DIR is needed, or --dry-run")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
-
-    from megatron_trinity.checkpoint.conversion.rows import row_count
-    from megatron_trinity.checkpoint.hf.hub import find_model
-    from megatron_trinity.checkpoint.hf.source import open_hf_directory
-
     memory, workers = memory_and_workers(arguments.memory_gb, arguments.workers)
+    hide_gpus()  # nothing here is for one
+
+    from megatron_trinity.checkpoint.hf.hub import find_model
+
     model = find_model(arguments.hf, arguments.revision, download=not arguments.dry_run)
     if model.revision is not None:
         print(f"{arguments.hf}: revision {model.revision}, {model.path}", flush=True)
     if arguments.dry_run:
-        found = open_hf_directory(model.path, names_suffice=True)
-        sources = sum(len(entry.hf) for entry in found.table)
-        values = sum(row_count(entry.shape) * entry.shape[-1] for entry in found.table)
-        checked = "names and shapes" if found.tensors else "names (there are no weights)"
-        print(
-            f"{arguments.hf}: {checked} are right: {sources:,} tensors become "
-            f"{len(found.table):,}, {values / 1e9:,.2f} B values"
-        )
+        check(arguments.hf, model.path)
         return
-
-    from megatron_trinity.checkpoint.conversion.allocator import return_freed_memory
-    from megatron_trinity.upstream import adapt_megatron
-
-    adapt_megatron()
-    return_freed_memory()
+    start_conversion()
 
     from megatron_trinity.checkpoint.hf.import_hf import import_hf
     from megatron_trinity.progress import progress_for_terminal
@@ -92,13 +80,27 @@ def main() -> None:
         overwrite=arguments.overwrite,
         show=progress_for_terminal,
     )
-    for name, count in done.nonfinite.items():
-        overflowed = done.overflowed[name]
-        why = f", {overflowed} of them too large for {arguments.dtype}" if overflowed else ""
-        print(f"warning: {name} has {count} values that are not finite{why}")
     if done.source != done.matrices:
         print(conversion_line(done))
-    print(f"wrote {arguments.save}: {done.written / 1e6:,.1f} MB of weights")
+    why = {
+        name: f"{n} of them too large for {arguments.dtype}" for name, n in done.overflowed.items()
+    }
+    print_written(arguments.save, done.written, done.nonfinite, why)
+
+
+def check(name: str, directory: Path) -> None:
+    """Say whether a directory, of the model called `name`, has all that an import needs."""
+    from megatron_trinity.checkpoint.conversion.rows import row_count
+    from megatron_trinity.checkpoint.hf.source import open_hf_directory
+
+    found = open_hf_directory(directory, names_suffice=True)
+    sources = sum(len(entry.hf) for entry in found.table)
+    values = sum(row_count(entry.shape) * entry.shape[-1] for entry in found.table)
+    checked = "names and shapes" if found.tensors else "names (there are no weights)"
+    print(
+        f"{name}: {checked} are right: {sources:,} tensors become {len(found.table):,}, "
+        f"{values / 1e9:,.2f} B values"
+    )
 
 
 def conversion_line(done: Imported) -> str:

@@ -6,14 +6,19 @@ Exit code 0: whole, and the same as --diff. 1: not whole, another, or not readab
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_trinity.errors import TrinityError, UsageError, run_command
+from megatron_trinity.command_line.conversion import (
+    add_memory_argument,
+    memory_bytes,
+    start_conversion,
+)
+from megatron_trinity.command_line.parser import command_parser, require_parent
+from megatron_trinity.errors import TrinityError, run_command
 from megatron_trinity.progress import progress_for_terminal
 from megatron_trinity.tables import print_table
 
@@ -29,10 +34,8 @@ LISTED = 24
 """Files and tensors that are listed before the rest is counted; --json has all."""
 
 
-def parse_command_line() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_command_line() -> Namespace:
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("directory", type=Path, help="a run's directory, or one iteration in it")
     parser.add_argument(
         "--checksums", action="store_true", help="read every file and compare with the manifest"
@@ -46,28 +49,15 @@ def parse_command_line() -> argparse.Namespace:
         "--diff", type=Path, metavar="OTHER", help="compare with another checkpoint, of any layout"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it as JSON")
-    parser.add_argument(
-        "--memory-gb",
-        type=float,
-        default=2.0,
-        help="memory for values, in GiB (default: %(default)s)",
-    )
+    add_memory_argument(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     command = parse_command_line()
-    if command.memory_gb <= 0:
-        raise UsageError(f"--memory-gb {command.memory_gb} has to be positive")
-    if command.json and not command.json.parent.is_dir():
-        raise UsageError(f"--json: {command.json.parent} is no directory")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
-
-    from megatron_trinity.checkpoint.conversion.allocator import return_freed_memory
-    from megatron_trinity.upstream import adapt_megatron
-
-    adapt_megatron()
-    return_freed_memory()
+    memory = memory_bytes(command.memory_gb)
+    require_parent("--json", command.json)
+    start_conversion()
 
     from megatron_trinity.checkpoint.hf.files import write_json
     from megatron_trinity.checkpoint.inspect import inspect_checkpoint
@@ -78,7 +68,6 @@ def main() -> None:
     inspection = inspect_checkpoint(command.directory, command.checksums)
     print_inspection(inspection, command.checksums)
     found |= {"whole": inspection.is_whole, **asdict(inspection)}
-    memory = int(command.memory_gb * 2**30)
     wrong = [*inspection.faults[:1]]
     checkpoint = TorchDistCheckpoint(inspection.path)
     if command.norms:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_trinity.data.documents import DEFAULT_VALID_FRACTION, PYTHON_STDLIB
+from megatron_trinity.command_line.documents import add_selection_arguments, add_source_argument
+from megatron_trinity.command_line.parser import command_parser
+from megatron_trinity.data.documents import PYTHON_STDLIB
 from megatron_trinity.errors import run_command
 
 EXAMPLE = f"""example:
@@ -17,29 +19,15 @@ then train with
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--source",
-        nargs="+",
-        required=True,
-        help=f"directories, text files, .jsonl or .jsonl.gz files, or {PYTHON_STDLIB}",
-    )
+    parser = command_parser(__doc__, EXAMPLE)
+    add_source_argument(parser)
     parser.add_argument(
         "--tokenizer", type=Path, required=True, help="a Hugging Face tokenizer's directory"
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="prefix: PREFIX_train.bin, PREFIX.json, ..."
     )
-    parser.add_argument("--glob", default="**/*", help="which files of a directory (default **/*)")
-    parser.add_argument("--json-key", default="text", help="where a line has its text (text)")
-    parser.add_argument(
-        "--valid-fraction",
-        type=float,
-        default=DEFAULT_VALID_FRACTION,
-        help="share of documents for validation, 0 for none (default %(default)s)",
-    )
+    add_selection_arguments(parser, valid_fraction="share of documents for validation, 0 for none")
     parser.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
-import argparse
-import os
+from argparse import Namespace
 from pathlib import Path
 
 from megatron_trinity.arguments.checkpoints import FORMATS
-from megatron_trinity.checkpoint.conversion.tasks import add_resource_arguments, memory_and_workers
+from megatron_trinity.command_line.conversion import (
+    add_resource_arguments,
+    memory_and_workers,
+    start_conversion,
+)
+from megatron_trinity.command_line.parser import command_parser, require_at_least_one
 from megatron_trinity.errors import UsageError, run_command
 
 EXAMPLE = """example:
@@ -18,10 +22,8 @@ EXAMPLE = """example:
 """
 
 
-def parse_command_line() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_command_line() -> Namespace:
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("--load", type=Path, required=True, help="run, or one iteration in it")
     parser.add_argument("--save", type=Path, required=True, help="directory to write")
     parser.add_argument(
@@ -51,17 +53,10 @@ def parse_command_line() -> argparse.Namespace:
 
 def main() -> None:
     command = parse_command_line()
-    if command.files is not None and command.files < 1:
-        raise UsageError(f"--files {command.files}: use 1 or more")
+    require_at_least_one("--files", command.files)
     if command.format == "torch" and command.files:
         raise UsageError("--format torch has a file a rank: leave out --files")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here is for a GPU
-
-    from megatron_trinity.checkpoint.conversion.allocator import return_freed_memory
-    from megatron_trinity.upstream import adapt_megatron
-
-    adapt_megatron()
-    return_freed_memory()
+    start_conversion()
 
     from megatron_trinity.checkpoint.layout_args import parse_layout_text
     from megatron_trinity.checkpoint.reshard import reshard

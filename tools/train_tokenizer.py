@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from pathlib import Path
 
-from megatron_trinity.data.documents import DEFAULT_VALID_FRACTION, PYTHON_STDLIB
+from megatron_trinity.command_line.documents import add_selection_arguments, add_source_argument
+from megatron_trinity.command_line.parser import command_parser
+from megatron_trinity.data.documents import PYTHON_STDLIB
 from megatron_trinity.errors import run_command
 
 EXAMPLE = f"""example:
@@ -14,27 +16,15 @@ EXAMPLE = f"""example:
 """
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--source",
-        nargs="+",
-        required=True,
-        help=f"directories, text files, .jsonl or .jsonl.gz files, or {PYTHON_STDLIB}",
-    )
+def parse_arguments() -> Namespace:
+    parser = command_parser(__doc__, EXAMPLE)
+    add_source_argument(parser)
     parser.add_argument("--output", type=Path, required=True, help="the tokenizer's directory")
     parser.add_argument(
         "--vocab-size", type=int, default=8192, help="special tokens included (default 8192)"
     )
-    parser.add_argument("--glob", default="**/*", help="which files of a directory (default **/*)")
-    parser.add_argument("--json-key", default="text", help="where a line has its text (text)")
-    parser.add_argument(
-        "--valid-fraction",
-        type=float,
-        default=DEFAULT_VALID_FRACTION,
-        help="leave these documents out; give prepare_data.py the same (default %(default)s)",
+    add_selection_arguments(
+        parser, valid_fraction="leave these documents out; give prepare_data.py the same"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser.parse_args()

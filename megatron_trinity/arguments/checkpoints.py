@@ -24,6 +24,11 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         help="of those, keep the checkpoints whose iteration is a multiple of N",
     )
     group.add_argument(
+        "--extend-context",
+        action="store_true",
+        help="go on from a checkpoint of another --seq-length, optimizer included",
+    )
+    group.add_argument(
         "--verify-checkpoint",
         action=argparse.BooleanOptionalAction,
         default=True,

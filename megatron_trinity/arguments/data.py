@@ -2,9 +2,66 @@
 
 from __future__ import annotations
 
+import re
+from argparse import Namespace
+
 from megatron_trinity.arguments.refusal import Refusal
 
+_SPLIT = re.compile(r"\s*\d*\.?\d+(\s*,\s*\d*\.?\d+){0,2}\s*")
+
+
+def _is_split(text: str) -> bool:
+    return _SPLIT.fullmatch(text) is not None and any(float(share) for share in text.split(","))
+
+
+SOURCES = (
+    "data_path",
+    "data_args_path",
+    "train_data_path",
+    "valid_data_path",
+    "test_data_path",
+    "per_split_data_args_path",
+)
+"""Arguments that name data."""
+
+
+def _sources(args: Namespace) -> int:
+    """How many ways to name data are used; the paths of the splits are one."""
+    given = {name for name in SOURCES if getattr(args, name) is not None}
+    a_split = {"train_data_path", "valid_data_path", "test_data_path"}
+    return len(given - a_split) + bool(given & a_split)
+
+
 DATA_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "mock-data",
+        lambda a: a.mock_data and _sources(a) > 0,
+        "{--mock-data} beside data paths; leave one of them out",
+    ),
+    Refusal(
+        "data-sources",
+        lambda a: _sources(a) > 1,
+        "data is named in more than one way; give {--train-data-path} and {--valid-data-path}, or "
+        "{--data-path} with {--split}, or one of {--data-args-path} and "
+        "{--per-split-data-args-path}",
+    ),
+    Refusal(
+        "split",
+        lambda a: a.split is not None and not _is_split(a.split),
+        "{--split=}: give the shares of training, validation and test, as 98,2,0, not "
+        "all of them 0",
+    ),
+    Refusal(
+        "split-of-splits",
+        lambda a: a.split is not None and a.data_path is None and a.data_args_path is None,
+        "{--split} divides {--data-path}, which is not given; leave it out",
+    ),
+    Refusal(
+        "evaluation",
+        lambda a: a.eval_interval < 1 or a.eval_iters < 0,
+        "{--eval-interval} has to be 1 or more and {--eval-iters} 0 or more; use {--eval-iters} 0 "
+        "for a run that does not evaluate",
+    ),
     Refusal(
         "full-validation",
         lambda a: a.full_validation,

@@ -10,12 +10,13 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 
 from megatron_trinity.arguments.checkpoints import add_checkpoint_arguments
-from megatron_trinity.arguments.cuda import refuse_cuda_only_arguments, set_cpu_defaults
+from megatron_trinity.arguments.cuda import CUDA_ONLY, refuse_cuda_only_arguments, set_cpu_defaults
 from megatron_trinity.arguments.loss import add_loss_arguments
 from megatron_trinity.arguments.model import add_model_arguments, derive_model
 from megatron_trinity.arguments.monitoring import add_monitoring_arguments
@@ -24,6 +25,7 @@ from megatron_trinity.arguments.presets import add_preset_argument, apply_preset
 from megatron_trinity.arguments.refusals import validate
 from megatron_trinity.arguments.router import add_router_arguments
 from megatron_trinity.arguments.schedule import add_schedule_arguments, derive_schedule
+from megatron_trinity.arguments.verdicts.table import off_standard, refuse_flags, standard_values
 from megatron_trinity.errors import UsageError
 from megatron_trinity.moe.balancing import SIGN_DEFAULT
 
@@ -100,36 +102,49 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     from megatron_trinity.upstream.assertions import refusing
 
+    standard: dict[str, tuple[str, Any]] = {}
     saved = sys.argv
     sys.argv = [saved[0], *(saved[1:] if argv is None else argv)]
     try:
-        args = parse_args(extra_args_provider=_complete_parser)
+        args = parse_args(extra_args_provider=partial(_complete_parser, standard))
     finally:
         sys.argv = saved
+    given = off_standard(args, standard)
     derive_model(args)
     derive_schedule(args)
     if not torch.cuda.is_available():
         refuse_cuda_only_arguments(args)
     validate(args)
+    refuse_flags(given, torch.cuda.is_available(), {rule.flag for rule in CUDA_ONLY})
     with refusing("the arguments do not fit together"):
         validate_args(args)
     return args
 
 
-def _complete_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    megatron_flags = set(parser._option_string_actions)
+def standard_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Megatron's parser with Trinity's flags and defaults, for this machine, without a preset."""
     for add in SUBJECTS:
         add(parser)
-    trinity_flags = set(parser._option_string_actions) - megatron_flags
-    parser.description = "Train a Trinity model with Megatron-Core."
-    parser.epilog = EXAMPLE
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = _usage_error  # type: ignore[method-assign]
     _mend_help(parser)
     _check_destinations(parser)
     parser.set_defaults(**TRINITY_DEFAULTS)
     if not torch.cuda.is_available():
         set_cpu_defaults(parser)
+    return parser
+
+
+def _complete_parser(
+    standard: dict[str, tuple[str, Any]], parser: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    """Add what is Trinity's; `standard` is told what leaves a flag alone, before a preset."""
+    megatron_flags = set(parser._option_string_actions)
+    standard_parser(parser)
+    trinity_flags = set(parser._option_string_actions) - megatron_flags
+    standard.update(standard_values(parser))
+    parser.description = "Train a Trinity model with Megatron-Core."
+    parser.epilog = EXAMPLE
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = _usage_error  # type: ignore[method-assign]
     preset = _chosen_preset()
     if preset is not None:
         apply_preset(parser, preset, trinity_flags)

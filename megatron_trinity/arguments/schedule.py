@@ -7,6 +7,7 @@ from argparse import Namespace
 
 from megatron_trinity.arguments.parallelism import data_ranks
 from megatron_trinity.arguments.refusal import Refusal, refuse
+from megatron_trinity.arguments.stages import STAGE_REFUSALS, settle_stages
 
 TOKENS = {
     "train_tokens": "train_samples",
@@ -56,7 +57,7 @@ def add_schedule_arguments(parser: argparse.ArgumentParser) -> None:
         "--lr-wsd-decay-tokens",
         type=token_count,
         metavar="N",
-        help="length of the last stage of --lr-decay-style WSD",
+        help="length of the last stage of --lr-decay-style WSD (default: a fifth of the schedule)",
     )
     group.add_argument(
         "--lr-restart-tokens",
@@ -89,6 +90,7 @@ def derive_schedule(args: Namespace) -> None:
         args._is_global_batch_size_explicitly_specified = False
     if args.train_tokens is None:
         _derive_from_iterations(args)
+        settle_stages(args)
         return
     for tokens, samples in TOKENS.items():
         count = getattr(args, tokens)
@@ -102,6 +104,7 @@ def derive_schedule(args: Namespace) -> None:
     args.lr_warmup_iters, args.lr_wsd_decay_iters = 0, None
     if args.lr_decay_samples is None:
         args.lr_decay_samples = args.train_samples - args.lr_restart_samples
+    settle_stages(args)
 
 
 def _derive_from_iterations(args: Namespace) -> None:
@@ -176,6 +179,7 @@ TOKEN_REFUSALS: tuple[Refusal, ...] = (
 """Of lengths as they are given, before those in samples follow from them."""
 
 SCHEDULE_REFUSALS: tuple[Refusal, ...] = (
+    *STAGE_REFUSALS,
     Refusal(
         "batch-ramp",
         lambda a: any(

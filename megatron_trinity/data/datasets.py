@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megatron.core import parallel_state
@@ -16,9 +14,6 @@ from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_trinity.data.document_dataset import DocumentDataset, MockDocumentDataset
-from megatron_trinity.data.indexed import check_indexed_dataset
-from megatron_trinity.data.manifest import read_manifest
-from megatron_trinity.errors import UsageError
 
 
 def train_valid_test_datasets(
@@ -47,54 +42,6 @@ def train_valid_test_datasets(
 
 # Megatron then calls it on every rank and leaves the choice of ranks to `_this_rank_reads`.
 train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
-
-
-def check_data(args: Namespace) -> None:
-    """Check every indexed dataset that the command line names, before anything is built.
-
-    One rank of each node reads them for the others.
-
-    Raises:
-        UsageError: none is named.
-        TrinityError: one is missing, truncated or corrupt.
-    """
-    if args.mock_data or os.environ.get("LOCAL_RANK", "0") != "0":
-        return
-    prefixes = data_prefixes(args)
-    if not prefixes:
-        raise UsageError(
-            "no data: give --train-data-path and --valid-data-path, or --data-path with --split, "
-            "as tools/prepare_data.py writes them"
-        )
-    for prefix in prefixes:
-        check_indexed_dataset(prefix)
-
-
-def check_token_ids(args: Namespace) -> None:
-    """Refuse datasets with tokens that the model has no embedding for.
-
-    What the largest token is stands in the manifest that `tools/prepare_data.py` writes beside a
-    dataset; a dataset without one is not checked.
-
-    Raises:
-        UsageError: a dataset was made with a larger vocabulary.
-    """
-    for prefix in [] if args.mock_data else data_prefixes(args):
-        base, _, split = prefix.rpartition("_")
-        manifest = read_manifest(Path(f"{base}.json")) or {}
-        largest = manifest.get("splits", {}).get(split, {}).get("max_token_id", 0)
-        if largest >= args.vocab_size:
-            raise UsageError(
-                f"{prefix} has token {largest}, the model {args.vocab_size} tokens; prepare it "
-                "with the tokenizer of this run"
-            )
-
-
-def data_prefixes(args: Namespace) -> list[str]:
-    """Path prefixes of the indexed datasets that the command line names."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    blends = [blend] if blend else [split for split in blend_per_split or [] if split]
-    return [prefix for paths, _ in blends for prefix in paths]
 
 
 def _dataset_config(args: Namespace) -> GPTDatasetConfig:

@@ -3,6 +3,31 @@
 from __future__ import annotations
 
 CP_COMM_TYPES = ("all_gather", "a2a")
+
+FIXED: dict[str, object] = {
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "apply_query_key_layer_scaling": False,
+    "attention_output_gate": True,
+    "experimental_attention_variant": None,
+    "layernorm_zero_centered_gamma": False,
+    "moe_router_pre_softmax": False,
+    "moe_router_score_function": "sigmoid",
+    "mtp_num_layers": None,
+    "multi_latent_attention": False,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "qk_l2_norm": False,
+    "qk_layernorm": True,
+    "rotary_interleaved": False,
+    "rotary_percent": 1.0,
+    "rotary_seq_len_interpolation_factor": None,
+    "softmax_type": "vanilla",
+    "swiglu": True,
+    "untie_embeddings_and_output_weights": True,
+    "use_rope_scaling": False,
+}
+"""Megatron's arguments that have one value in every AfMoE model."""
 """Ways of context parallelism: gather keys and values, or exchange sequence against heads."""
 
 

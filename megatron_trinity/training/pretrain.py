@@ -9,9 +9,12 @@ from functools import partial
 from megatron.core.enums import ModelType
 from megatron.training.global_vars import set_global_variables
 from megatron.training.training import pretrain as megatron_pretrain
+from megatron.training.utils import print_rank_0
 
 from megatron_trinity.arguments.parse import parse_arguments
-from megatron_trinity.data.datasets import check_data, check_token_ids, train_valid_test_datasets
+from megatron_trinity.arguments.stages import stage_notes
+from megatron_trinity.data.datasets import train_valid_test_datasets
+from megatron_trinity.data.sources import check_data, check_manifests
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.config import model_config_from_args
 from megatron_trinity.training.balance import announce_balance
@@ -36,11 +39,13 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     """
     args = parse_arguments(argv)
     check_launch()
+    for note in stage_notes(args):
+        print_rank_0(f"WARNING: {note}")
     check_data(args)
     check_tokenizer_path(args)
     set_global_variables(args)
     settle_vocabulary(args)
-    check_token_ids(args)
+    check_manifests(args)
     checked = check_checkpoint(args)
     record, flops = MicroBatchRecord(), StepFlops(args)
     set_flop_counter(flops)

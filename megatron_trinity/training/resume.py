@@ -19,6 +19,11 @@ from megatron_trinity.checkpoint.whole.candidates import (
     number_of,
 )
 from megatron_trinity.errors import TrinityError, UsageError
+from megatron_trinity.training.load_paths import (
+    goes_on_in_save,
+    refuse_iterations,
+    refuse_nothing,
+)
 
 SHOWN = 3
 """How many checkpoints an error names."""
@@ -38,6 +43,20 @@ SHAPE = (
 )
 """Arguments that two runs must share for one to load the other's weights."""
 
+COMPUTED = (
+    "sliding_window",
+    "global_attn_every_n_layers",
+    "moe_router_topk",
+    "moe_router_topk_scaling_factor",
+    "mup_enabled",
+    "rotary_base",
+    "layernorm_epsilon",
+)
+"""Arguments that decide what a model of these sizes computes."""
+
+LENGTH = ("seq_length",)
+"""What an extension of the context changes."""
+
 LAYOUT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -54,16 +73,20 @@ LAYOUT = (
 def check_checkpoint(args: Namespace) -> Path | None:
     """Refuse to load what is not whole as far as sizes say, or is of another model.
 
-    A `--load` directory without any checkpoint is the start of a new run, as in Megatron.
+    Where `--load` and `--save` are one directory, it may be without any: a new run starts there.
 
     Returns:
         the iteration that the run will load unless its checksums differ, or None.
 
     Raises:
-        UsageError: the checkpoint is of another model, or has the state of another optimizer; names
-            what differs. Or `--save` has iterations that a later start would load in its place.
+        UsageError: nothing is there to load, or one iteration in place of a run. Or the checkpoint
+            is of another model, or has the state of another optimizer; names what differs. Or
+            `--save` has iterations that a later start would load in its place.
         TrinityError: there are checkpoints, and none can be loaded. Or `--save` cannot be written.
     """
+    refuse_iterations(args)
+    if not goes_on_in_save(args):
+        refuse_nothing(args, "load")
     skipped: list[str] = []
     chosen = None
     for path, fault in candidates(args):
@@ -74,6 +97,9 @@ def check_checkpoint(args: Namespace) -> Path | None:
         skipped.append(f"{path}: {fault}")
     if chosen is None:
         refuse_skipped(args, skipped)
+        refuse_nothing(args, "pretrained_checkpoint")
+        if args.exit_on_missing_checkpoint:
+            refuse_nothing(args, "load")
     if args.save and not args.skip_train:
         _check_writable(Path(args.save))
         _check_nothing_newer(args, chosen)
@@ -154,10 +180,19 @@ def _check_is_of_this_run(
 ) -> None:
     path = checkpoint.path
     saved = checkpoint.args
-    if differences := _differences(saved, args, SHAPE):
+    if differences := _differences(saved, args, (*SHAPE, *COMPUTED)):
         raise UsageError(
             f"the checkpoint under {path.parent} is of another model: {differences}; give the "
             "preset of that run, or another --load"
+        )
+    of_no_run = path.name == RELEASE
+    if not (_starts_anew(args, path) or of_no_run or args.extend_context) and (
+        differences := _differences(saved, args, LENGTH)
+    ):
+        raise UsageError(
+            f"the checkpoint under {path.parent} is of another length of sequences: {differences}; "
+            "give that length, --extend-context to go on with another, or --finetune to start anew "
+            "from the weights"
         )
     if isinstance(checkpoint, RankCheckpoint) and (
         differences := _differences(saved, args, LAYOUT)
@@ -188,10 +223,19 @@ def _check_is_of_this_run(
 def _differences(saved: Namespace, args: Namespace, names: Sequence[str]) -> str:
     """Arguments that are not alike, in words."""
     return "; ".join(
-        f"--{name.replace('_', '-')} is {getattr(saved, name)} there and {getattr(args, name)} here"
+        f"{_flag(name)} is {getattr(saved, name)} there and {getattr(args, name)} here"
         for name in names
-        if getattr(saved, name) != getattr(args, name)
+        if _meant(saved, name) != _meant(args, name)
     )
+
+
+def _flag(name: str) -> str:
+    return {"layernorm_epsilon": "--norm-epsilon"}.get(name, f"--{name.replace('_', '-')}")
+
+
+def _meant(args: Namespace, name: str) -> object:
+    value = getattr(args, name)
+    return 1.0 if value is None and name == "moe_router_topk_scaling_factor" else value
 
 
 def _check_writable(save: Path) -> None:
@@ -205,7 +249,7 @@ def _check_nothing_newer(args: Namespace, chosen: Path | None) -> None:
     """Refuse to write older iterations beside newer ones of another run."""
     goes_on = chosen is not None and not _starts_anew(args, chosen)
     start = number_of(chosen) if chosen is not None and goes_on else 0
-    if goes_on and args.ckpt_step is None and Path(args.load) == Path(args.save):
+    if goes_on and args.ckpt_step is None and goes_on_in_save(args):
         return  # whatever is newer there was skipped
     newest = next(filter(has_manifest, iterations(Path(args.save))), None)
     if newest is not None and number_of(newest) > start:

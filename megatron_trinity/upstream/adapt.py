@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 
-from megatron_trinity.upstream.adaptations import ADAPTATIONS, MODULES
-from megatron_trinity.upstream.registry import Adaptation, check_symbols
+from megatron_trinity.upstream.registry import check_symbols
 from megatron_trinity.upstream.version import check_version, installed_megatron_core
 
 _applied: set[str] = set()
-
-
-def needed_adaptations(
-    cuda_available: bool, adaptations: Sequence[Adaptation] = ADAPTATIONS
-) -> tuple[Adaptation, ...]:
-    """Those of `adaptations` that a process with or without CUDA needs, in order."""
-    return tuple(a for a in adaptations if a.when == "always" or not cuda_available)
 
 
 def adapt_megatron() -> None:
@@ -28,8 +19,10 @@ def adapt_megatron() -> None:
         TrinityError: megatron-core is missing, of another version, or lacks a symbol that an
             adaptation touches.
     """
+    # Here, since tools import this package for a name, and the table imports torch.
     import torch
 
+    from megatron_trinity.upstream.adaptations import MODULES, needed_adaptations
     from megatron_trinity.upstream.cpu.jit import importing_uncompiled
 
     installed = installed_megatron_core()
@@ -40,5 +33,5 @@ def adapt_megatron() -> None:
             if adaptation.name in _applied:
                 continue
             check_symbols(adaptation, installed)
-            MODULES[adaptation].install()
+            MODULES[adaptation.name].install()
             _applied.add(adaptation.name)

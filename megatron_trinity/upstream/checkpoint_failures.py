@@ -72,8 +72,9 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
             if cause.startswith(SCHEDULE):
                 cause = f"its schedule differs from this run's ({cause})"
                 remedy = "take this run's with --override-opt-param-scheduler"
+            place = get_args().load or get_args().pretrained_checkpoint
             raise TrinityError(
-                f"the checkpoint under {get_args().load} could not be loaded: {cause}; {remedy}"
+                f"the checkpoint under {place} could not be loaded: {cause}; {remedy}"
             ) from error
 
     return load_checkpoint

@@ -50,12 +50,12 @@ def run_refused(ranks: RankPools, flags: Sequence[str], world_size: int = 1) -> 
 
 
 def test_data_that_is_not_there(ranks: RankPools, tmp_path: Path) -> None:
-    flags = training_flags(tmp_path / "nowhere", "--train-iters", "1")
+    flags = training_flags(tmp_path / "nowhere", "--train-iters", "3")
     check(run_refused(ranks, flags), 1, str(tmp_path / "nowhere.idx"), "prepare_data.py")
 
 
 def test_no_data_at_all(ranks: RankPools, data: Path) -> None:
-    flags = training_flags(data, "--train-iters", "1")
+    flags = training_flags(data, "--train-iters", "3")
     for flag in ("--train-data-path", "--valid-data-path"):
         place = flags.index(flag)
         del flags[place : place + 2]
@@ -66,38 +66,38 @@ def test_no_data_at_all(ranks: RankPools, data: Path) -> None:
 def test_a_truncated_dataset(ranks: RankPools, data: Path, suffix: str) -> None:
     file = Path(f"{data}{suffix}")
     file.write_bytes(file.read_bytes()[:-7])
-    flags = training_flags(data, "--train-iters", "1")
+    flags = training_flags(data, "--train-iters", "3")
     check(run_refused(ranks, flags), 1, str(file), "prepare_data.py")
 
 
 def test_a_corrupt_index(ranks: RankPools, data: Path) -> None:
     file = Path(f"{data}.idx")
     file.write_bytes(b"not an index" + file.read_bytes()[12:])
-    flags = training_flags(data, "--train-iters", "1")
+    flags = training_flags(data, "--train-iters", "3")
     check(run_refused(ranks, flags), 1, str(file))
 
 
 def test_tokens_that_the_model_has_not(ranks: RankPools, data: Path, tmp_path: Path) -> None:
     manifest = {"splits": {"train": {"max_token_id": VOCAB_SIZE}}}
     (tmp_path / "data.json").write_text(json.dumps(manifest))
-    flags = training_flags(data, "--train-iters", "1")
+    flags = training_flags(data, "--train-iters", "3")
     check(run_refused(ranks, flags), 2, str(data), f"token {VOCAB_SIZE}")
 
 
 def test_a_preset_of_no_name(ranks: RankPools, data: Path) -> None:
-    flags = training_flags(data, "--train-iters", "1", "--preset", "huge")
+    flags = training_flags(data, "--train-iters", "3", "--preset", "huge")
     check(run_refused(ranks, flags), 2, "huge", "tiny")
 
 
 def test_an_unknown_key_in_a_preset(ranks: RankPools, data: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("megatron:\n  num-layerz: 4\n")
-    flags = training_flags(data, "--train-iters", "1", "--preset", str(tmp_path / "mine.yaml"))
+    flags = training_flags(data, "--train-iters", "3", "--preset", str(tmp_path / "mine.yaml"))
     check(run_refused(ranks, flags), 2, "num-layerz", "mine.yaml")
 
 
 @pytest.mark.parametrize("flag", ["--tensor-model-parallel-size", "--expert-model-parallel-size"])
 def test_ranks_that_do_not_fit_the_layout(ranks: RankPools, data: Path, flag: str) -> None:
-    flags = training_flags(data, "--train-iters", "1", flag, "4", "--sequence-parallel")
+    flags = training_flags(data, "--train-iters", "3", flag, "4", "--sequence-parallel")
     check(run_refused(ranks, flags, world_size=2), 2, "2 ranks", flag)
 
 
@@ -108,7 +108,7 @@ def test_a_tokenizer_larger_than_the_model(ranks: RankPools, data: Path, tmp_pat
     save_tokenizer(train_tokenizer(["some text, some more text"] * 9, 270), tmp_path / "tokenizer")
     flags = training_flags(
         data,
-        *("--train-iters", "1", "--tokenizer-type", "HuggingFaceTokenizer"),
+        *("--train-iters", "3", "--tokenizer-type", "HuggingFaceTokenizer"),
         *("--tokenizer-model", str(tmp_path / "tokenizer")),
     )
     check(run_refused(ranks, flags), 2, "the tokenizer has 2", f"the model {VOCAB_SIZE}")
@@ -119,7 +119,7 @@ def test_a_flag_that_nobody_knows(ranks: RankPools, data: Path) -> None:
 
 
 def test_a_requirement_of_megatrons(ranks: RankPools, data: Path, tmp_path: Path) -> None:
-    flags = training_flags(data, "--train-iters", "1", "--save", str(tmp_path / "run"))
+    flags = training_flags(data, "--train-iters", "3", "--save", str(tmp_path / "run"))
     check(run_refused(ranks, flags), 2, "--save-interval")
 
 

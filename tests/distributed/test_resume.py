@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_trinity.arguments.parse import parse_arguments
+from megatron_trinity.errors import UsageError
+from megatron_trinity.training.resume import check_checkpoint
 from megatron_trinity.upstream.checkpoint_tracker import TRACKER
 from tests.crosses import first
 from tests.distributed.pool import RankPools
@@ -86,6 +90,48 @@ def test_resume_is_exact(
         assert all(value > 0 for value in logged(tmp_path / "whole-log", tag).values())
     half = checkpoint_contents(tmp_path / "halves", HALF)
     assert not torch.equal(half["output_layer.weight"], whole["output_layer.weight"])
+
+
+OTHER_MODELS = {
+    "--sliding-window": "64",
+    "--global-attn-every-n-layers": "2",
+    "--moe-router-topk": "4",
+    "--moe-router-topk-scaling-factor": "3.0",
+    "--rotary-base": "500000",
+    "--norm-epsilon": "0.01",
+    "--num-experts": "4",
+}
+
+
+def refusals(rank: int, world_size: int, starts: Sequence[Sequence[str]]) -> list[str]:
+    """What each start is refused with before anything is built; empty if it is not."""
+    told = []
+    for flags in starts:
+        try:
+            check_checkpoint(parse_arguments(flags))
+            told.append("")
+        except UsageError as error:
+            told.append(str(error))
+    return told
+
+
+def test_another_model_or_length_is_not_resumed(ranks: RankPools, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data")
+    run = ("--save", str(tmp_path / "run"), "--load", str(tmp_path / "run"))
+    flags = (*run, "--save-interval", "1", "--optimizer", "adam", "--train-iters")
+    argv = training_flags(tmp_path / "data", *flags, "3", "--lr-warmup-iters", "0")
+    assert ranks.run(run_trainer, [*argv, "--exit-interval", "1"], world_size=1) == [0]
+    longer = ("--seq-length", "64")
+    starts = [[*argv, flag, value] for flag, value in OTHER_MODELS.items()]
+    starts += [[*argv, "--no-mup-enabled"], [*argv, "--finetune", "--rotary-base", "500000"]]
+    starts += [[*argv, *longer], [*argv, *longer, "--extend-context"], argv]
+    *others, length, extended, same = ranks.run(refusals, starts, world_size=1)[0]
+    for told, flag in zip(others, [*OTHER_MODELS, "--mup-enabled", "--rotary-base"], strict=True):
+        assert "is of another model" in told
+        assert f"{flag} is " in told
+    assert "--seq-length is 32 there and 64 here" in length
+    assert "--extend-context" in length
+    assert (extended, same) == ("", "")
 
 
 @pytest.mark.parametrize(("source", "target", "optimizer", "before", "after"), first(2, MOVES))

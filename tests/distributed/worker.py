@@ -149,11 +149,14 @@ def _reset(call: Call, rank: int, world_size: int) -> None:
     import numpy as np
     import torch
     import torch.distributed as dist
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training.training import destroy_global_state
 
     destroy_global_state()
+    # A run with fp32 accumulation leaves its own function there.
+    param_and_grad_buffer.dist_reduce_scatter_func = dist.reduce_scatter_tensor
     destroy_moe_metrics_tracker()
     _let_go_of_models()
     initialize_rng_tracker(force_reset=True)

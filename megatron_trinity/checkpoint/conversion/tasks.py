@@ -6,7 +6,6 @@ they are whole. A second run over the same plan takes finished tasks from their 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import multiprocessing
 import os
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_trinity.checkpoint.conversion.allocator import return_freed_memory
-from megatron_trinity.errors import UsageError
 from megatron_trinity.progress import Progress
 
 _SECONDS_BETWEEN_UPDATES = 0.2
@@ -171,26 +169,3 @@ def _report_from_worker(nbytes: int) -> None:
         raise Stopped
     with _done.get_lock():
         _done.value += nbytes
-
-
-def add_resource_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `memory_and_workers` takes."""
-    parser.add_argument(
-        "--memory-gb",
-        type=float,
-        default=2.0,
-        help="memory for values, in GiB, of all processes together (default: %(default)s)",
-    )
-    parser.add_argument("--workers", type=int, help="processes (default: one a CPU, 4 at most)")
-
-
-def memory_and_workers(memory_gib: float, workers: int | None) -> tuple[int, int]:
-    """Bytes and processes that a command line asks for; by default a process a CPU, 4 at most.
-
-    Raises:
-        UsageError: one of them is not positive.
-    """
-    workers = min(4, len(os.sched_getaffinity(0))) if workers is None else workers
-    if memory_gib <= 0 or workers < 1:
-        raise UsageError(f"--memory-gb {memory_gib} and --workers {workers} have to be positive")
-    return int(memory_gib * 2**30), workers

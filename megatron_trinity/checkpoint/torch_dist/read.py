@@ -25,7 +25,9 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_trinity.checkpoint.conversion.rows import Shape, row_count
 from megatron_trinity.checkpoint.conversion.tensor_bytes import read_into
+from megatron_trinity.checkpoint.hf.directory import hugging_face_hint
 from megatron_trinity.errors import TrinityError, root_cause
+from megatron_trinity.model.architecture import FIXED
 from megatron_trinity.upstream.checkpoint_pickles import load_metadata, load_object
 from megatron_trinity.upstream.checkpoint_tracker import TRACKER, iteration_path
 
@@ -307,10 +309,17 @@ def refuse_other_models(path: Path, args: Namespace) -> None:
     """Refuse what a run of another model than Trinity has saved, going by its arguments.
 
     Raises:
-        TrinityError: it is one.
+        TrinityError: it is one; names an argument that no Trinity model has.
     """
     if not hasattr(args, "num_dense_layers"):
         raise TrinityError(f"{path} is a checkpoint of another model, not of Trinity")
+    for name, value in FIXED.items():
+        found = getattr(args, name, value)
+        if found != value:
+            raise TrinityError(
+                f"{path} is a checkpoint of another model, not of Trinity: it was trained with "
+                f"{name} {found}, and AfMoE has {value}"
+            )
 
 
 def find_iteration(directory: Path) -> Path:
@@ -324,7 +333,10 @@ def find_iteration(directory: Path) -> Path:
     try:
         iteration = iteration_path(directory, (directory / TRACKER).read_text())
     except FileNotFoundError as error:
-        raise TrinityError(f"{directory} holds no checkpoint: {TRACKER} is not there") from error
+        hint = hugging_face_hint(directory)
+        raise TrinityError(
+            hint or f"{directory} holds no checkpoint: {TRACKER} is not there"
+        ) from error
     except (OSError, ValueError) as error:
         raise TrinityError(f"{directory / TRACKER} cannot be read: {error}") from error
     if not (iteration / METADATA).is_file():

@@ -45,6 +45,13 @@ def _is_named(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None
 
 
+def is_iteration(path: Path) -> bool:
+    """Whether a directory is that of one iteration, and not of a run."""
+    files = (METADATA, MANIFEST, LAST_OF_MEGATRON)
+    found = any((path / name).is_file() for name in files) or bool(rank_files(path))
+    return _is_named(path) and found
+
+
 def has_manifest(path: Path) -> bool:
     """Whether an iteration was saved to the end."""
     return (path / MANIFEST).is_file()

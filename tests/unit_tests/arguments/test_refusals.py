@@ -88,6 +88,40 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"global_batch_size": 12},
         {"world_size": 3, "global_batch_size": 32},
     ],
+    "no-length": [{"train_iters": None}, {"train_iters": 0}, {"train_iters": -5}],
+    "schedule-iters": [{"lr_decay_iters": 0}, {"lr_decay_iters": -90}],
+    "schedule-samples": [{"train_samples": 9, "lr_decay_samples": 0, "lr_wsd_decay_iters": None}],
+    "warm-up-iters": [{"lr_warmup_iters": 10}, {"lr_warmup_iters": 11}, {"lr_warmup_iters": -1}],
+    "warm-up-samples": [
+        {
+            "train_samples": 9,
+            "lr_decay_samples": 9,
+            "lr_warmup_samples": 9,
+            "lr_wsd_decay_iters": None,
+        }
+    ],
+    "decay-iters": [{"lr_wsd_decay_iters": -1}],
+    "decay-samples": [
+        {
+            "train_samples": 9,
+            "lr_decay_samples": 9,
+            "lr_wsd_decay_samples": -1,
+            "lr_wsd_decay_iters": None,
+        }
+    ],
+    "warm-up-fraction": [{"lr_warmup_fraction": 1.0}, {"lr_warmup_fraction": -0.1}],
+    "decay-unit": [{"lr_wsd_decay_samples": 5}, {"train_samples": 9, "lr_decay_samples": 9}],
+    "no-rate": [{"lr": None}],
+    "rate-order": [{"lr": -1.0}, {"min_lr": 1.0}, {"min_lr": -1.0}, {"lr_warmup_init": 1.0}],
+    "weight-decay": [{"weight_decay": -0.1}, {"weight_decay": float("nan")}],
+    "weight-decay-ramp": [
+        {"optimizer": "adam", "weight_decay_incr_style": "linear", **ramp}
+        for ramp in (
+            {"start_weight_decay": 0.2, "end_weight_decay": 0.1},
+            {"start_weight_decay": -0.2, "end_weight_decay": 0.1},
+            {"start_weight_decay": 0.2, "end_weight_decay": None},
+        )
+    ],
     "batch-ramp": [{"step_batch_size_schedule": "0:32 1M:36"}],
     "optimizer": [{"optimizer": name} for name in ("dist_muon", "adaptive_muon", "sgd", "lion")],
     "optimizer-instances": [{"world_size": 4, "num_distributed_optimizer_instances": 2}],
@@ -137,6 +171,21 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "async-strategy": [{"async_save": True, "async_strategy": "nvrx"}],
     "async-worker": [{"async_save": True, "use_persistent_ckpt_worker": False}],
     "loss-fusion": [{"cross_entropy_loss_fusion": True}],
+    "mock-data": [
+        {"mock_data": True, "data_path": ["a"], "split": "98,2,0"},
+        {"mock_data": True, "valid_data_path": ["a"]},
+        {"mock_data": True, "per_split_data_args_path": "a.json"},
+    ],
+    "data-sources": [
+        {"data_path": ["a"], "split": "98,2,0", "train_data_path": ["a"]},
+        {"data_path": ["a"], "split": "98,2,0", "data_args_path": "a.txt"},
+        {"test_data_path": ["a"], "per_split_data_args_path": "a.json"},
+    ],
+    "split": [
+        {"data_path": ["a"], "split": text} for text in ("0,0,0", "a", "98,-2,4", "1,2,3,4", "")
+    ],
+    "split-of-splits": [{"train_data_path": ["a"], "split": "98,2,0"}, {"split": "98,2,0"}],
+    "evaluation": [{"eval_interval": 0}, {"eval_interval": -1}, {"eval_iters": -1}],
     "full-validation": [{"full_validation": True}],
     "document-mask": [{"reset_attention_mask": True}],
     "document-positions": [{"reset_position_ids": True}],
@@ -233,6 +282,13 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "recompute_granularity": "selective",
         "recompute_modules": ["core_attn", "layernorm", "mlp", "shared_experts", "moe"],
     },
+    "a warm-up of all but a step": {"lr_warmup_iters": 9},
+    "no decay": {"lr_wsd_decay_iters": 0},
+    "no evaluation": {"eval_iters": 0},
+    "data with shares": {"data_path": ["a"], "split": " 969, 30.5, .5"},
+    "training alone": {"data_path": ["a"], "split": "1"},
+    "data by split": {"train_data_path": ["a"], "valid_data_path": ["a"]},
+    "no training": {"skip_train": True, "train_iters": None, "lr": None},
     "no global batch": {"global_batch_size": None},
     "no load balancing, as a list": {"moe_router_load_balancing_type": ["none"]},
 }

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_trinity.arguments.schedule import derive_schedule, token_count
+from megatron_trinity.arguments.stages import stage_notes
 from megatron_trinity.errors import UsageError
 from megatron_trinity.upstream.optimizer_factory import set_schedule_start
 from tests.distributed.pool import RankPools
@@ -44,6 +45,9 @@ def arguments(**changes: Any) -> Namespace:
         "lr_wsd_decay_tokens": None,
         "lr_wsd_decay_samples": None,
         "lr_wsd_decay_iters": None,
+        "lr_decay_style": "WSD",
+        "lr_warmup_fraction": None,
+        "skip_train": False,
         "lr_restart_tokens": None,
         "lr_restart_iters": None,
         "seq_length": 4096,
@@ -84,6 +88,56 @@ def test_a_restart_in_tokens_and_in_iterations() -> None:
     args = arguments(train_iters=100, lr_restart_iters=60)
     assert (args.lr_restart_samples, args.lr_decay_iters) == (480, 40)
     assert arguments(train_iters=100).lr_restart_samples == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "unit", "end", "decay"),
+    [
+        ({"train_iters": 200}, "iters", 200, 40),
+        ({"train_iters": 200, "lr_warmup_iters": 20, "lr_wsd_decay_iters": 90}, "iters", 200, 90),
+        ({"train_iters": 200, "lr_decay_iters": 100}, "iters", 100, 20),
+        ({"train_iters": 200, "lr_warmup_iters": 190}, "iters", 200, 10),
+        ({"train_iters": 200, "lr_warmup_fraction": 0.95}, "iters", 200, 10),
+        ({"train_iters": 200, "lr_restart_iters": 50}, "iters", 150, 30),
+        ({"train_iters": 1}, "iters", 1, 1),
+        ({"train_iters": 200, "lr_decay_style": "linear"}, "iters", 200, None),
+        ({"train_samples": 1000}, "samples", 1000, 200),
+        ({"train_tokens": 4096 * 1000}, "samples", 1000, 200),
+        ({"train_tokens": 4096 * 1000, "lr_restart_tokens": 4096 * 500}, "samples", 500, 100),
+    ],
+)
+def test_the_last_stage_is_a_fifth_of_the_schedule(
+    changes: dict[str, Any], unit: str, end: int, decay: int | None
+) -> None:
+    args = arguments(**changes)
+    found = getattr(args, f"lr_decay_{unit}"), getattr(args, f"lr_wsd_decay_{unit}")
+    assert found == (end, decay)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train_iters": 200}, []),
+        ({"train_iters": 200, "lr_wsd_decay_iters": 200}, []),
+        (
+            {"train_iters": 200, "lr_warmup_iters": 20, "lr_wsd_decay_iters": 500},
+            ["takes 500 iterations, the schedule leaves 180"],
+        ),
+        (
+            {"train_iters": 200, "lr_decay_iters": 300},
+            ["ends after 300 iterations, the run after 200"],
+        ),
+        ({"train_iters": 200, "lr_decay_iters": 150, "lr_restart_iters": 50}, []),
+        (
+            {"train_tokens": 4096 * 1000, "lr_wsd_decay_tokens": 4096 * 2000},
+            ["takes 2000 samples, the schedule leaves 1000"],
+        ),
+    ],
+)
+def test_stages_longer_than_the_run_are_said(changes: dict[str, Any], says: list[str]) -> None:
+    notes = list(stage_notes(arguments(**changes)))
+    assert len(notes) == len(says)
+    assert all(words in note for words, note in zip(says, notes, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -236,3 +236,12 @@ def test_bad_command_lines(
     found = run_tool(TOOL, words, monkeypatch)
     assert found[0] == code
     assert named in found[1]
+
+
+def test_a_hugging_face_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").touch()
+    (tmp_path / "model.safetensors").touch()
+    code, line = run_tool(TOOL, [tmp_path], monkeypatch)
+    assert code == 1
+    assert f"{tmp_path} is a Hugging Face directory; make a checkpoint" in line
+    assert f"tools/import_hf.py --hf {tmp_path}" in line

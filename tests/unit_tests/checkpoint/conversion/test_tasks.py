@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_trinity.checkpoint.conversion.staging import resumable_staging
-from megatron_trinity.checkpoint.conversion.tasks import Report, Task, memory_and_workers, run_tasks
-from megatron_trinity.errors import TrinityError, UsageError
+from megatron_trinity.checkpoint.conversion.tasks import Report, Task, run_tasks
+from megatron_trinity.errors import TrinityError
 from megatron_trinity.progress import SilentProgress
 
 PLAN = ["a plan"]
@@ -148,11 +148,3 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
         ):
             pass
         assert staging.is_dir()
-
-
-def test_numbers_that_make_no_sense() -> None:
-    assert memory_and_workers(1.5, 3) == (3 * 2**29, 3)
-    assert memory_and_workers(1.0, None)[1] >= 1
-    for memory, workers in ((0.0, 1), (1.0, 0)):
-        with pytest.raises(UsageError, match="have to be positive"):
-            memory_and_workers(memory, workers)

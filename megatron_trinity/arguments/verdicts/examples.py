@@ -1,0 +1,269 @@
+"""Megatron's flags that do something here, each with a value to try it with.
+
+A line is a flag, its value, and behind semicolons: `with` flags that the run without it has as
+well, `and` flags that it needs itself, the number of `ranks`; or `shown by` the test that tries it
+in place of a run of a few steps, or why it is `untried`. Words in capitals stand for the flags
+below, `{tmp}` for a folder, `{data}` for another dataset.
+"""
+
+from __future__ import annotations
+
+ALIASES = {
+    "GATHER": "--overlap-param-gather --overlap-grad-reduce --use-distributed-optimizer",
+    "PIPELINE": "--pipeline-model-parallel-size 2",
+    "RAMP": "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.9",
+    "SAVE": "--save {tmp}/run --save-interval 4",
+    "SHARDED": "--use-distributed-optimizer",
+    "VIRTUAL": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+}
+
+WORKS = """
+--fp16 ; and --initial-loss-scale 1024
+--bf16
+--num-layers 5
+--hidden-size 32
+--num-attention-heads 8
+--num-query-groups 1
+--ffn-hidden-size 64
+--kv-channels 8
+--norm-epsilon 1e-2
+--init-method-std 0.05
+--num-experts 4
+--moe-ffn-hidden-size 32
+--moe-router-topk 1
+--moe-router-topk-scaling-factor 3
+--moe-router-bias-update-rate 0.1
+--rotary-base 100
+--vocab-size 200
+--weight-decay 0.9
+--clip-grad 0.1
+--adam-beta1 0.5
+--adam-beta2 0.5
+--adam-eps 1
+--optimizer muon
+--muon-momentum 0.5 ; with --optimizer muon
+--muon-nesterov ; with --optimizer muon
+--muon-fp32-matmul-prec medium ; with --optimizer muon
+--muon-coefficient-type polar_express ; with --optimizer muon
+--muon-num-ns-steps 2 ; with --optimizer muon
+--global-batch-size 16
+--step-batch-size-schedule ; shown by tests/distributed/test_schedules.py
+--train-iters 5
+--train-samples ; shown by tests/distributed/test_schedules.py
+--iterations-to-skip 2
+--seed 7
+--dataloader-type cyclic
+--lr 1e-2
+--min-lr 1e-3
+--lr-decay-style constant
+--lr-decay-iters 30
+--decoupled-lr 1e-2
+--decoupled-min-lr 1e-3 ; with --decoupled-lr 1e-2
+--apply-wd-to-qk-layernorm ; with --weight-decay 0.9
+--lr-decay-samples ; shown by tests/unit_tests/arguments/test_schedule.py
+--lr-wsd-decay-style linear ; with --lr-decay-style WSD --lr-wsd-decay-iters 3
+--lr-wsd-decay-iters 2 ; with --lr-decay-style WSD --lr-wsd-decay-iters 3
+--lr-wsd-decay-samples ; shown by tests/unit_tests/arguments/test_schedule.py
+--lr-warmup-iters 2
+--lr-warmup-fraction 0.5
+--lr-warmup-samples ; shown by tests/unit_tests/arguments/test_schedule.py
+--lr-warmup-init 1e-3 ; with --lr-warmup-iters 2
+--weight-decay-incr-style linear ; and --start-weight-decay 0 --end-weight-decay 0.9
+--start-weight-decay 0.5 ; with RAMP
+--end-weight-decay 0.5 ; with RAMP
+--grad-reduce-in-bf16 ; with --bf16 ; ranks 2
+--dataloader-inter-document-masking
+--eod-mask-loss
+--train-data-path {data}
+--seq-length 16
+--null-tokenizer-pad-id 3
+--null-tokenizer-eod-id 3 ; with --eod-mask-loss
+--make-vocab-size-divisible-by 64
+--finetune ; shown by tests/unit_tests/checkpoint/hf/test_import_hf.py
+--load ; shown by tests/distributed/test_resume.py
+--data-path ; shown by tests/distributed/test_bad_input.py
+--split ; shown by tests/distributed/test_bad_input.py
+--mock-data ; shown by tests/distributed/test_layout_smoke.py
+"""
+
+SAME_ANSWER = """
+--tensor-model-parallel-size 2 ; and --sequence-parallel ; ranks 2
+--sequence-parallel ; and --tensor-model-parallel-size 2 ; ranks 2
+--pipeline-model-parallel-size 2 ; ranks 2
+--context-parallel-size 2 ; ranks 2
+--expert-model-parallel-size 2 ; ranks 2
+--expert-tensor-parallel-size 2 ; ranks 2
+--use-cpu-initialization
+--deterministic-mode
+--overlap-p2p-communication-warmup-flush ; and VIRTUAL ; ranks 2
+--microbatch-group-size-per-virtual-pipeline-stage 2 ; and VIRTUAL ; ranks 2
+--account-for-embedding-in-pipeline-split ; with --num-layers 3 ; and PIPELINE ; ranks 2
+--account-for-loss-in-pipeline-split ; with --num-layers 3 ; and PIPELINE ; ranks 2
+--disable-bias-linear
+--qk-layernorm
+--attention-output-gate
+--calculate-per-token-loss
+--recompute-granularity full ; and --recompute-method uniform --recompute-num-layers 1
+--recompute-method block ; and --recompute-granularity full --recompute-num-layers 1
+--recompute-num-layers 2 ; and --recompute-granularity full --recompute-method uniform
+--recompute-modules moe ; and --recompute-granularity selective
+--recompute-activations
+--moe-router-enable-expert-bias
+--moe-token-dispatcher-type allgather
+--no-clone-scatter-output-in-embedding
+--group-query-attention
+--max-position-embeddings 256
+--use-rotary-position-embeddings
+--swiglu
+--untie-embeddings-and-output-weights
+--profile-step-start 1
+--profile-step-end 2
+--use-pytorch-profiler
+--pytorch-profiler-collect-shapes
+--pytorch-profiler-collect-callstack
+--pytorch-profiler-collect-chakra
+--profile-ranks 0
+--record-shapes
+--micro-batch-size 1
+--decrease-batch-size-if-needed
+--empty-unused-memory-level 1
+--check-weight-hash-across-dp-replicas-interval 1 ; ranks 2
+--train-sync-interval 1
+--exit-interval 2
+--exit-duration-in-mins 60
+--exit-signal-handler
+--exit-signal SIGUSR2 ; and --exit-signal-handler
+--exit-signal-handler-for-dataloader
+--exit-signal-handler-for-training
+--manual-gc
+--manual-gc-interval 1 ; and --manual-gc
+--no-manual-gc-eval
+--no-check-for-nan-in-loss-and-grad
+--check-for-large-grads
+--result-rejected-tracker-filename {tmp}/rejected
+--no-masked-softmax-fusion
+--no-bias-gelu-fusion
+--no-bias-swiglu-fusion
+--no-bias-dropout-fusion
+--no-rope-fusion
+--no-persist-layer-norm
+--no-gradient-accumulation-fusion
+--dump-param-to-param-group-map {tmp}/map.json
+--override-opt_param-scheduler
+--use-checkpoint-opt_param-scheduler
+--save {tmp}/run ; and --save-interval 4
+--save-interval 2 ; and --save {tmp}/run
+--save-params-interval 2 ; and SAVE
+--save-tokens-per-expert-interval 2 ; and SAVE
+--save-wgrads-interval 2 ; and SAVE
+--load-main-params-from-ckpt ; shown by tests/unit_tests/arguments/test_refusals.py
+--pretrained-checkpoint ; shown by tests/unit_tests/checkpoint/hf/test_import_hf.py
+--ckpt-step ; shown by tests/distributed/test_whole_checkpoints.py
+--exit-on-missing-checkpoint
+--ckpt-format torch ; and SAVE
+--auto-detect-ckpt-format
+--no-ckpt-fully-parallel-save ; and SAVE ; ranks 2
+--async-save ; and SAVE
+--async-strategy mcore
+--use-persistent-ckpt-worker
+--async-ckpt-cpu-priority 5 ; and --async-save SAVE
+--async-ckpt-io-priority 2 ; and --async-save SAVE
+--ckpt-fully-parallel-load
+--ckpt-fully-parallel-load-exchange-algo gather_object ; and --ckpt-fully-parallel-load
+--ckpt-fully-parallel-save-process-group ep_dp ; and SAVE ; ranks 2
+--ckpt-fully-parallel-load-process-group ep_dp ; and --ckpt-fully-parallel-load
+--ckpt-assume-constant-structure ; and --save {tmp}/run --save-interval 1
+--no-ckpt-load-validate-sharding-integrity
+--dist-ckpt-strictness log_all
+--dist-ckpt-optim-fully-reshardable
+--distrib-optim-fully-reshardable-mem-efficient ; and SHARDED SAVE ; ranks 2
+--no-save-optim ; and SAVE
+--no-save-rng ; and SAVE
+--no-load-optim
+--no-load-rng
+--dist-ckpt-workers 2 ; and SAVE
+--loss-scale ; untried since fp16 overflows at some step of a model this small
+--initial-loss-scale 512 ; with --fp16 --initial-loss-scale 1024
+--min-loss-scale 512 ; with --fp16 --initial-loss-scale 1024
+--loss-scale-window ; untried since fp16 overflows at some step of a model this small
+--hysteresis 1 ; with --fp16 --initial-loss-scale 1024
+--accumulate-allreduce-grads-in-fp32
+--distributed-timeout-minutes 5
+--distributed-timeout-seconds-after-init 60
+--no-align-grad-reduce ; and --overlap-grad-reduce SHARDED VIRTUAL ; ranks 2
+--use-tp-pp-dp-mapping ; ranks 2
+--disable-gloo-process-groups
+--disable-jit-fuser
+--decoder-first-pipeline-num-layers 1 ; and PIPELINE ; ranks 2
+--decoder-last-pipeline-num-layers 1 ; and PIPELINE ; ranks 2
+--pipeline-model-parallel-layout Et|tttL ; and PIPELINE ; ranks 2
+--num-layers-per-virtual-pipeline-stage 1 ; and PIPELINE ; ranks 2
+--num-virtual-stages-per-pipeline-rank 2 ; and PIPELINE ; ranks 2
+--no-overlap-p2p-communication ; and PIPELINE ; ranks 2
+--overlap-grad-reduce ; ranks 2
+--ddp-num-buckets 2 ; and --overlap-grad-reduce ; ranks 2
+--ddp-bucket-size 1000 ; and --overlap-grad-reduce ; ranks 2
+--ddp-pad-buckets-for-high-nccl-busbw ; and SHARDED ; ranks 2
+--ddp-reduce-scatter-with-fp32-accumulation ; and SHARDED --overlap-grad-reduce ; ranks 2
+--ddp-param-name-patterns-for-fp32-local-accumulation * ; ranks 2
+--overlap-param-gather ; and --overlap-grad-reduce SHARDED ; ranks 2
+--no-align-param-gather ; and GATHER ; ranks 2
+--use-distributed-optimizer ; ranks 2
+--num-distributed-optimizer-instances 2 ; and SHARDED ; ranks 2
+--cp-comm-type a2a ; and --context-parallel-size 2 ; ranks 2
+--eval-iters 2
+--eval-interval 1
+--start-eval-at-iter 2 ; and --eval-interval 1
+--eval-global-batch-size 4
+--eval-micro-batch-size 1
+--skip-train
+--valid-data-path {data}
+--test-data-path {data}
+--data-cache-path {tmp}/cache
+--no-mmap-bin-files
+--num-workers 1
+--no-create-attention-mask-in-dataloader
+--num-dataset-builder-threads 2
+--mid-level-dataset-surplus 0.1
+--allow-ambiguous-pad-tokens
+--vocab-file {tmp}/vocab.json
+--merge-file {tmp}/merges.txt
+--tokenizer-type ; shown by tests/distributed/test_bad_input.py
+--tokenizer-model ; shown by tests/distributed/test_bad_input.py
+--tokenizer-metadata {tmp}/metadata.json
+--tokenizer-special-tokens <s>
+--tiktoken-pattern v2
+--tiktoken-num-special-tokens 500
+--tokenizer-sentencepiece-legacy
+--no-tokenizer-sentencepiece-ignore-extra-whitespaces
+--tokenizer-hf-no-use-fast
+--tokenizer-hf-no-include-special-tokens
+--trust-remote-code
+--log-interval 2
+--log-params-norm
+--log-throughput
+--log-progress ; and SAVE
+--timing-log-level 2
+--timing-log-option all ; and --timing-log-level 2
+--tensorboard-dir {tmp}/log
+--tensorboard-log-interval 2 ; and --tensorboard-dir {tmp}/log
+--tensorboard-queue-size 10 ; and --tensorboard-dir {tmp}/log
+--log-timers-to-tensorboard ; and --tensorboard-dir {tmp}/log
+--no-log-loss-scale-to-tensorboard ; and --tensorboard-dir {tmp}/log
+--log-validation-ppl-to-tensorboard ; and --tensorboard-dir {tmp}/log
+--log-memory-to-tensorboard ; and --tensorboard-dir {tmp}/log
+--log-memory-interval 1
+--log-num-zeros-in-grad
+--no-barrier-with-level-1-timing
+--log-world-size-to-tensorboard ; and --tensorboard-dir {tmp}/log
+--wandb-project ; shown by tests/distributed/test_bad_input.py
+--wandb-exp-name a
+--wandb-save-dir {tmp}/wandb
+--wandb-entity a
+--logging-level 10
+--enable-experimental
+--no-one-logger
+--error-injection-rate 0
+--error-injection-type correct_result
+--rerun-mode disabled
+"""

@@ -1,0 +1,128 @@
+"""The data of a command line: what is missing, empty or of another tokenizer is found at start."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_trinity.data.manifest import sha256_of_file
+from megatron_trinity.data.sources import check_data, check_manifests, given_splits
+from megatron_trinity.errors import TrinityError, UsageError
+from tests.trainer import write_dataset
+
+
+def arguments(**given: Any) -> Namespace:
+    names = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "split")
+    files = ("data_args_path", "per_split_data_args_path", "data_cache_path")
+    rest = {"mock_data": False, "skip_train": False, "eval_iters": 1, "vocab_size": 160}
+    tokenizer = {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}
+    return Namespace(**{**dict.fromkeys((*names, *files)), **rest, **tokenizer, **given})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    prefix = tmp_path_factory.mktemp("data") / "all_train"
+    write_dataset(prefix, documents=10)
+    return str(prefix)
+
+
+@pytest.mark.parametrize(
+    ("given", "splits"),
+    [
+        ({"data_path": ["a"], "split": "98,2,0"}, {"train", "valid"}),
+        ({"data_path": ["a"], "split": "100"}, {"train"}),
+        ({"data_path": ["1", "a", "2", "b"], "split": "969,30,1"}, {"train", "valid", "test"}),
+        ({"train_data_path": ["a"]}, {"train"}),
+        ({"train_data_path": ["a"], "test_data_path": ["b"]}, {"train", "test"}),
+        ({"valid_data_path": ["a"]}, {"valid"}),
+    ],
+)
+def test_which_splits_have_data(given: dict[str, Any], splits: set[str]) -> None:
+    assert given_splits(arguments(**given)) == splits
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({}, "no data: give --train-data-path"),
+        ({"valid_data_path": ["{data}"]}, "no training data"),
+        ({"data_path": ["{data}"], "split": "0,100,0"}, "no training data"),
+        ({"data_path": ["{data}"], "split": "99,1,0"}, "none of the 10 documents of {data} for v"),
+        ({"data_path": ["{data}"], "split": "969,30,1"}, "--split 969,30,1 leaves none"),
+        ({"train_data_path": ["0", "{data}", "1", "b"]}, "{data} has a weight of 0 in its blend"),
+        ({"data_path": ["1", "b", "-2", "{data}"], "split": "1"}, "{data} has a weight of -2"),
+        ({"train_data_path": ["nan", "{data}"]}, "{data} has a weight of nan"),
+        ({"train_data_path": ["{data}"], "data_cache_path": "{data}.idx"}, "--data-cache-path"),
+        (
+            {"mock_data": True, "data_cache_path": "{data}.idx/in/it"},
+            "{data}.idx is not a writable directory",
+        ),
+    ],
+)
+def test_what_has_no_data_is_refused(data: str, given: dict[str, Any], says: str) -> None:
+    filled = {
+        name: [word.replace("{data}", data) for word in value]
+        if isinstance(value, list)
+        else (value.replace("{data}", data) if isinstance(value, str) else value)
+        for name, value in given.items()
+    }
+    with pytest.raises(TrinityError) as refused:
+        check_data(arguments(**filled))
+    assert says.replace("{data}", data) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_no_validation_data_is_said(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    check_data(arguments(train_data_path=[data], valid_data_path=[data]))
+    check_data(arguments(data_path=[data], split="60,40,0"))
+    check_data(arguments(train_data_path=[data], eval_iters=0))
+    assert capsys.readouterr().out == ""
+    for given in ({"train_data_path": [data]}, {"data_path": [data], "split": "100,0,0"}):
+        check_data(arguments(**given))
+        assert "no validation data" in capsys.readouterr().out
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path)}
+
+
+def manifest(prefix: Path, **request: str) -> None:
+    made = {"request": request, "splits": {"train": {"max_token_id": 150}}}
+    Path(f"{prefix}.json").write_text(json.dumps(made))
+
+
+def test_the_tokenizer_of_the_data(
+    tmp_path: Path, tokenizer: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments(train_data_path=[str(tmp_path / "own_train")], **tokenizer)
+    manifest(tmp_path / "own", tokenizer_sha256=sha256_of_file(tmp_path / "tokenizer.json"))
+    check_manifests(args)
+    assert capsys.readouterr().out == ""
+    manifest(tmp_path / "own", tokenizer_sha256="0" * 64)
+    with pytest.raises(UsageError, match="own_train was made with another tokenizer than"):
+        check_manifests(args)
+
+
+def test_what_cannot_be_compared_is_said_once(
+    tmp_path: Path, tokenizer: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(tmp_path / name) for name in ("a_train", "b_train", "c_train")]
+    check_manifests(arguments(train_data_path=paths, **tokenizer))
+    [line] = capsys.readouterr().out.splitlines()
+    assert f"whether {paths[0]} and 2 more was made with the tokenizer" in line
+    assert line.endswith("it has no manifest")
+    manifest(tmp_path / "a", tokenizer_sha256="0" * 64)
+    check_manifests(arguments(train_data_path=paths[:1]))
+    assert "NullTokenizer" in capsys.readouterr().out
+
+
+def test_a_token_that_the_model_has_not(tmp_path: Path) -> None:
+    manifest(tmp_path / "own")
+    with pytest.raises(UsageError, match="has token 150, the model 150 tokens"):
+        check_manifests(arguments(train_data_path=[str(tmp_path / "own_train")], vocab_size=150))
