@@ -18,7 +18,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable in which torchrun names a file; its report ends with what stands there."""
 
 RANK_0_FIRST = 5.0
-"""Seconds that the other ranks leave to rank 0 to report an error that all of them met."""
+"""Seconds that a rank leaves to the one that has met the cause, for an error of all: rank 0."""
 
 
 class TrinityError(Exception):
@@ -85,4 +85,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        # Where another rank is gone this one fails as well, with a traceback that says nothing of
+        # the cause. By then the launcher knows of the other, and ends this rank before it speaks.
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(RANK_0_FIRST)
+        raise
     sys.exit(0)

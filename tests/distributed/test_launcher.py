@@ -56,6 +56,27 @@ def test_the_report_of_torchrun_ends_with_our_line(tmp_path: Path, rank: int) ->
     assert set(lines[-1]) == {"="}
 
 
+def test_a_rank_that_lost_another_is_silent(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch, torch.distributed as dist\n"
+        "from megatron_trinity import errors\n"
+        "def main():\n"
+        "    dist.init_process_group('gloo')\n"
+        "    if dist.get_rank() == 0:\n"
+        "        dist.recv(torch.zeros(1), 1)\n"
+        "    errors.RANK_0_FIRST = 0.5\n"
+        "    raise errors.TrinityError('nothing to send')\n"
+        "errors.run_command(main)\n"
+    )
+    launcher = launch([str(program)], tmp_path / "output")
+    assert launcher.wait(LIMIT) == 1
+    output = (tmp_path / "output").read_text()
+    assert output.strip().splitlines()[-2].endswith("error on rank 1: nothing to send")
+    assert "[rank0]" not in output
+    assert "Connection closed" not in output
+
+
 @pytest.mark.slow
 def test_a_signal_that_torchrun_passes_on_saves_and_ends(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data")

@@ -77,11 +77,26 @@ def test_a_longer_interval_is_a_mean_of_all_its_steps(ranks: RankPools, data: Pa
     assert {i: line["lm loss"] for i, line in printed.items()} == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_every_evaluation_sees_the_same_samples(ranks: RankPools, data: Path, workers: str) -> None:
-    flags = ("--eval-iters", "2", "--num-workers", workers, "--train-iters", "4")
+LOADERS: dict[str, tuple[int, list[str]]] = {
+    "plain": (1, []),
+    "a worker": (1, ["--num-workers", "1"]),
+    "cyclic": (1, ["--dataloader-type", "cyclic"]),
+    "virtual stages": (
+        2,
+        [
+            *("--pipeline-model-parallel-size", "2"),
+            *("--num-layers-per-virtual-pipeline-stage", "1"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_every_evaluation_sees_the_same_samples(ranks: RankPools, data: Path, loader: str) -> None:
+    world_size, flags = LOADERS[loader]
     still = ("--lr", "0", "--adamw-lr", "0", "--lr-warmup-iters", "0", "--load-balancing", "none")
-    run(ranks, data, "still", *flags, *still, "--eval-interval", "1")
+    often = ("--eval-iters", "2", "--eval-interval", "1", "--train-iters", "4")
+    run(ranks, data, "still", *often, *still, *flags, world_size=world_size)
     values = logged(data.parent / "still-log", VALIDATION)
     assert sorted(values) == [1, 2, 3, 4]
     assert len(set(values.values())) == 1
