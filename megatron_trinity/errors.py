@@ -36,6 +36,12 @@ class UsageError(TrinityError):
     exit_code = 2
 
 
+class StepError(TrinityError):
+    """A training step has a result that must not be applied, such as NaN."""
+
+    exit_code = 3
+
+
 def root_cause(error: BaseException) -> str:
     """What went wrong at the bottom of `error`, the innermost of its causes, in one line."""
     failures = getattr(
@@ -75,7 +81,7 @@ def _tell_launcher(line: str) -> None:
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a command's `main` and exit: 0 done, 1 failed, 2 usage, 130 interrupted."""
+    """Run a command's `main` and exit: 0 done, 1 failed, 2 usage, 3 bad step, 130 interrupted."""
     try:
         main()
     except TrinityError as error:

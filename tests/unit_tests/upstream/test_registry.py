@@ -26,6 +26,10 @@ from tests.paths import ROOT
 
 # First 16 hex digits of the SHA-256 of each upstream definition, without comments and layout.
 FINGERPRINTS: dict[str, str] = {
+    "megatron.core.rerun_state_machine.RerunStateMachine.should_checkpoint_and_exit": (
+        "7bc2521da9824da1"
+    ),
+    "megatron.core.optimizer.optimizer.ChainedOptimizer.get_grad_norm": "9f63de367c412ace",
     "megatron.core.datasets.utils.compile_helpers": "6891d190987884a0",
     "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
     ".async_loop": "803f760e9eab3a1f",
