@@ -18,7 +18,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,9 @@ from megatron_trinity.command_line.quickstart import add_data_argument, data_fla
 from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
 from megatron_trinity.command_line.single_rank import single_rank_environment
 from megatron_trinity.errors import run_command
+
+if TYPE_CHECKING:
+    from megatron_trinity.upstream.training_hooks import StepOutcome
 
 EXAMPLE = """example:
   bash examples/quickstart.sh    # prepares the data
@@ -112,13 +115,13 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
     class EverySecond(observer.StepObserver):
         """Watches every second step, and times it."""
 
-        def step_ended(self, model: Sequence[Any], optimizer: Any, applied: bool) -> None:
+        def step_ended(self, model: Sequence[Any], optimizer: Any, outcome: StepOutcome) -> None:
             if not is_watched(self._iteration):
                 with watch.part("balancing"):
-                    balance_experts(model, self._args.num_layers, applied)
+                    balance_experts(model, self._args.num_layers, outcome.applied)
                 return
             with watch.part("step_ended"):
-                super().step_ended(model, optimizer, applied)
+                super().step_ended(model, optimizer, outcome)
 
         def values(self) -> Mapping[str, float]:
             if not is_watched(self._iteration):

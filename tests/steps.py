@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,9 @@ def recording(file: Path) -> Iterator[None]:
         iteration, norm = args[2], args[6]
         if dist.get_rank() == dist.get_world_size() - 1:
             values = [float(losses[name]).hex() for name in sorted(losses) if "loss" in name]
+            of_gradients = math.nan if norm is None else float(norm)
             with open(file, "a") as stream:
-                stream.write(f"{iteration} {','.join(values)} {float(norm).hex()}\n")
+                stream.write(f"{iteration} {','.join(values)} {of_gradients.hex()}\n")
         return original(losses, *args, **kwargs)
 
     training.training_log = log

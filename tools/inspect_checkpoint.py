@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Say what is in a checkpoint and whether it is whole; compare two.
 
-Exit code 0: whole, and the same as --diff. 1: not whole, another, or not readable. 2: usage.
+Exit code 0: whole, finite and the same as --diff, as far as was asked for. 1: not. 2: usage.
 """
 
 from __future__ import annotations
@@ -68,13 +68,22 @@ def main() -> None:
     inspection = inspect_checkpoint(command.directory, command.checksums)
     print_inspection(inspection, command.checksums)
     found |= {"whole": inspection.is_whole, **asdict(inspection)}
-    wrong = [*inspection.faults[:1]]
+    wrong = [
+        *inspection.faults[:1],
+        *(f"{inspection.path}: {u}" for u in inspection.unreadable[:1]),
+    ]
     checkpoint = TorchDistCheckpoint(inspection.path)
     if command.norms:
         statistics = tensor_statistics(checkpoint, memory, progress_for_terminal)
         rows = [(key, s.norm, s.largest, s.nonfinite) for key, s in statistics.items()]
         print_table("norm", ("", "norm", "largest", "not finite"), rows)
         found["norms"] = {key: asdict(s) for key, s in statistics.items()}
+        broken = [key for key, s in statistics.items() if s.nonfinite]
+        if broken:
+            wrong.append(
+                f"{inspection.path} has values that are not finite in {len(broken)} tensors, "
+                f"{broken[0]} the first, so no training goes on from it"
+            )
     if command.diff:
         other = TorchDistCheckpoint(command.diff)
         difference = compare(checkpoint, other, memory, progress_for_terminal)
@@ -123,6 +132,7 @@ def print_inspection(inspection: Inspection, checksums: bool) -> None:
     ]
     print_table("bytes", ("", "", "bytes"), [*rows, ("rest", "", inspection.rest_bytes)])
     print_table("fault", ("",), [(fault,) for fault in inspection.faults])
+    print_table("training cannot load it", ("",), [(line,) for line in inspection.unreadable])
     if inspection.is_whole:
         print(f"whole, by {'checksums' if checksums else 'sizes'} of all files and every chunk")
 

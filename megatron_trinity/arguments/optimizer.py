@@ -57,6 +57,11 @@ OPTIMIZER_REFUSALS: tuple[Refusal, ...] = (
         "optimizer's state",
     ),
     Refusal(
+        "adam-eps",
+        lambda a: a.adam_eps <= 0,
+        "{--adam-eps=}: a weight that has had no gradient yet would become NaN; use 1e-8 or so",
+    ),
+    Refusal(
         "optimizer-instances",
         lambda a: a.num_distributed_optimizer_instances > 1 and not a.use_distributed_optimizer,
         "{--num-distributed-optimizer-instances=} are parts of the ranks that shard the "

@@ -17,7 +17,11 @@ from megatron_trinity.checkpoint.torch_dist.read import (
     TorchDistTensors,
 )
 from megatron_trinity.checkpoint.whole.candidates import iterations
-from megatron_trinity.checkpoint.whole.structure import manifest_faults, structure_faults
+from megatron_trinity.checkpoint.whole.structure import (
+    manifest_faults,
+    object_faults,
+    structure_faults,
+)
 
 MODEL = (
     "preset",
@@ -86,6 +90,7 @@ class Inspection:
         tensor_bytes: bytes of tensors of the `model` and of the `optimizer`, by dtype.
         rest_bytes: what else the files take.
         faults: why it is not whole, a line each.
+        unreadable: what is whole and keeps training from loading it, a line each.
     """
 
     path: str
@@ -100,6 +105,7 @@ class Inspection:
     tensor_bytes: dict[str, dict[str, int]]
     rest_bytes: int
     faults: list[str]
+    unreadable: list[str]
 
     @property
     def is_whole(self) -> bool:
@@ -148,6 +154,7 @@ def inspect_checkpoint(directory: Path, checksums: bool = False) -> Inspection:
         tensor_bytes=tensor_bytes,
         rest_bytes=sum(files.values()) - sum(sum(kind.values()) for kind in tensor_bytes.values()),
         faults=list(dict.fromkeys(found)),
+        unreadable=[] if found else list(object_faults(checkpoint)),
     )
 
 

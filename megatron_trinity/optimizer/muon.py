@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_trinity.errors import TrinityError
 from megatron_trinity.optimizer.assignment import assign
 from megatron_trinity.optimizer.exchange import Batch, Name, TensorParallelExchange
 from megatron_trinity.optimizer.matrices import Piece
@@ -82,24 +81,12 @@ class Muon:
         ]
 
     def accumulate(self, units: Sequence[Unit]) -> None:
-        """Add the gradients of `units` to their momentum.
-
-        Raises:
-            TrinityError: the momentum of a unit is not finite.
-        """
+        """Add the gradients of `units` to their momentum."""
         if not units:
             return
         momenta = [unit.state[MOMENTUM] for unit in units]
         torch._foreach_mul_(momenta, self._config.momentum)
         torch._foreach_add_(momenta, [unit.gradient for unit in units])
-        finite = torch.stack(torch._foreach_norm(momenta)).isfinite()
-        if not finite.all():
-            broken = units[int(finite.logical_not().nonzero()[0])]
-            raise TrinityError(
-                f"the momentum of {broken.name} is not finite; no weight was updated, and the "
-                "newest checkpoint is good: look at the gradient norm before this step, lower --lr "
-                "and resume"
-            )
 
     def update(self, rates: Mapping[str, tuple[float, float]]) -> None:
         """Decay and update the weights of the planned units.

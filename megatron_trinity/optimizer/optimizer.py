@@ -36,7 +36,6 @@ from megatron_trinity.optimizer.units import (
     gradient_of,
     units_of,
 )
-from megatron_trinity.upstream.rerun_exit import check_norm
 
 MOMENTS = {"muon": (MOMENTUM,), "adamw": ("exp_avg", "exp_avg_sq")}
 KINDS_OF_RANKS = (False, True)  # experts or not
@@ -110,13 +109,13 @@ class TrinityOptimizer(MegatronOptimizer):
         """Clip, update, share. Returns whether it was applied, the gradient norm before clipping,
         and the number of zeros in the gradients if it is logged.
 
-        Raises:
-            StepError: the gradient norm is not finite; nothing is changed.
-            TrinityError: a momentum is not finite.
+        A norm that is not finite changes nothing. Of finite gradients and finite momenta, all that
+        is computed is finite.
         """
         with self._timer("optimizer-clip-main-grad"):
             norm = self.get_grad_norm()
-            check_norm(norm)
+            if not math.isfinite(norm):
+                return False, norm, None
             self._clip(norm)
         zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else None
         if norm > self.config.grad_norm_skip_threshold:

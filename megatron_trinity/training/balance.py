@@ -89,6 +89,13 @@ def balance_experts(model: Sequence[Any], num_layers: int, applied: bool) -> Ste
     )
 
 
+def forget_counts(model: Sequence[Any]) -> None:
+    """Start again from zero, as if nothing had been routed since the last optimizer step."""
+    for router in routers(model):
+        router.take_counts()
+        router.take_sequence_loss()
+
+
 def announce_balance(args: Namespace, model: Sequence[Any]) -> Sequence[Any]:
     """Say which rule balances how many layers; a hook on the model before it is wrapped.
 

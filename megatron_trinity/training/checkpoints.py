@@ -7,11 +7,14 @@ pointer, in this order. Every load verifies against the manifest what it is abou
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.training.utils import print_rank_0
 
+from megatron_trinity.checkpoint.torch_dist.read import METADATA, TorchDistTensors
 from megatron_trinity.checkpoint.whole.candidates import (
     discard,
     has_manifest,
@@ -21,7 +24,8 @@ from megatron_trinity.checkpoint.whole.candidates import (
     sweep,
 )
 from megatron_trinity.checkpoint.whole.manifest import faults, read_manifest, write_manifest
-from megatron_trinity.errors import TrinityError
+from megatron_trinity.errors import StepError, TrinityError
+from megatron_trinity.training.finite import nonfinite_value
 from megatron_trinity.training.resume import candidates, refuse_skipped, unusable
 from megatron_trinity.upstream.checkpoint_failures import REMEDY, what_failed
 from megatron_trinity.upstream.checkpoint_sums import take_sums
@@ -40,6 +44,18 @@ class WholeCheckpoints:
     def __init__(self, args: Namespace, checked: Path | None) -> None:
         self._args = args
         self._checked = checked
+
+    def check_values(self, model: Sequence[Any], optimizer: Any, directory: Path) -> None:
+        """Save nothing that is not finite.
+
+        Raises:
+            StepError: a value is not; nothing has been written.
+        """
+        if (found := nonfinite_value(model, optimizer)) is not None:
+            raise StepError(
+                f"{found} is not finite, so {directory.name} is not saved and the checkpoint "
+                "before it stays the newest; start again from that one"
+            )
 
     def before_save(self, directory: Path) -> None:
         """Remove what another run has left where this one is about to write."""
@@ -93,23 +109,45 @@ class WholeCheckpoints:
                 print_rank_0(f"WARNING: skipped {path}: its save was interrupted; nothing is lost")
         return None
 
+    def loaded(self, model: Sequence[Any], optimizer: Any, directory: Path) -> None:
+        """Refuse to go on from what is not finite.
+
+        Raises:
+            TrinityError: a value is not.
+        """
+        if (found := nonfinite_value(model, optimizer)) is not None:
+            raise TrinityError(
+                f"{found} is not finite in {directory}, so no training can go on from it; move it "
+                "away to start from the one before, or name one with --ckpt-step"
+            )
+
     def _fault(self, path: Path) -> str | None:
         """What is wrong with the files of an iteration, the same on every rank."""
-        if not has_manifest(path):
-            print_rank_0(f"WARNING: nothing says whether {path} is whole: it has no manifest")
-            return None
-        if not self._args.verify_checkpoint:
-            return None
         try:
-            files = read_manifest(path)
-            names = sorted(files, key=lambda name: files[name].bytes, reverse=True)
-            share = {name: files[name] for name in names[dist.get_rank() :: dist.get_world_size()]}
-            found = next(faults(path, share, checksums=True), None)
+            found = self._fault_of_share(path)
         except TrinityError as error:
-            found = str(error)
+            found = str(error).removeprefix(f"{path}: ")
         everywhere: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, found)
         return next((fault for fault in everywhere if fault is not None), None)
+
+    def _fault_of_share(self, path: Path) -> str | None:
+        """The same of the files, and of the objects that are no tensors, that this rank reads."""
+        mine = slice(dist.get_rank(), None, dist.get_world_size())
+        if not has_manifest(path):
+            print_rank_0(f"WARNING: nothing says whether {path} is whole: it has no manifest")
+        elif self._args.verify_checkpoint:
+            files = read_manifest(path)
+            names = sorted(files, key=lambda name: files[name].bytes, reverse=True)
+            share = {name: files[name] for name in names[mine]}
+            if (fault := next(faults(path, share, checksums=True), None)) is not None:
+                return fault
+        if (path / METADATA).is_file():
+            # Whole files may hold what no reader takes for data, and Megatron fails at it late.
+            tensors = TorchDistTensors(path)
+            for key in tensors.object_keys()[mine]:
+                tensors.object(key)
+        return None
 
 
 def _of_rank_0(value: Candidate | None) -> Candidate | None:

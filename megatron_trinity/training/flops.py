@@ -32,6 +32,10 @@ class StepFlops:
         """Note the lengths of a micro-batch's documents, `[D]` int64; none are whole sequences."""
         self._lengths.append(lengths)
 
+    def clear(self) -> None:
+        """Forget the step that is under way."""
+        self._lengths.clear()
+
     def consume(self) -> tuple[int | None, tuple[int, int] | None]:
         """Tokens of the global batch, and its pairs in global and in local layers; starts again.
 

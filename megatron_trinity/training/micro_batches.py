@@ -6,11 +6,8 @@ here what it saw of each micro-batch, and the ranks put it together when the ste
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -23,10 +20,12 @@ class MicroBatchRecord:
     State of a step: it is saved nowhere. Values stay on the device until `reduce`.
     """
 
-    def __init__(self, micro_batches: Callable[[], int] = get_num_microbatches) -> None:
-        """`micro_batches` gives the number of micro-batches that this rank has in a step."""
-        self._micro_batches = micro_batches
+    def __init__(self) -> None:
         self._rows: list[Tensor] = []
+
+    def clear(self) -> None:
+        """Forget the step that is under way."""
+        self._rows.clear()
 
     def append(
         self, loss_sum: Tensor, tokens: Tensor, largest_logit: Tensor, mean_logits: Tensor
@@ -39,9 +38,6 @@ class MicroBatchRecord:
             largest_logit: over these tokens; -inf if there are none.
             mean_logits: sum over these tokens of the mean of each one's logits.
         """
-        if len(self._rows) >= self._micro_batches():
-            # The step was started anew (Megatron's re-run state machine), or nobody reduced it.
-            self._rows.clear()
         values = (loss_sum, tokens, mean_logits, largest_logit)
         row = torch.stack([value.detach().double() for value in values])
         self._rows.append(row)

@@ -16,10 +16,12 @@ from torch import Tensor
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.moe.metrics import by_layer, load_metrics, summary
 from megatron_trinity.training.alarm import Alarms
-from megatron_trinity.training.balance import StepBalance, balance_experts
+from megatron_trinity.training.balance import StepBalance, balance_experts, forget_counts
 from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.metrics import StepMetrics
 from megatron_trinity.training.micro_batches import MicroBatchRecord
+from megatron_trinity.training.step_guard import StepGuard
+from megatron_trinity.upstream.training_hooks import StepOutcome
 
 
 class StepObserver:
@@ -34,6 +36,8 @@ class StepObserver:
         """`record` is the one that the loss function writes to, `flops` what the loop asks."""
         self._args = args
         self._record = record
+        self._flops = flops
+        self._guard = StepGuard(args)
         per_gpu = (lambda: flops.newest / args.world_size) if args.log_throughput else None
         self._speed = StepMetrics(flops_per_gpu=per_gpu)
         self._alarms = Alarms(args.alarm_window)
@@ -41,10 +45,22 @@ class StepObserver:
         self._interval: list[Mapping[str, float]] = []
         self._rates: Mapping[str, float] = {}
 
-    def step_ended(self, model: Sequence[Any], optimizer: Any, applied: bool) -> None:
-        """Balance the experts, gather, write, and watch."""
+    def step_restarted(self, model: Sequence[Any]) -> None:
+        """Forget what the first try has counted."""
+        self._forget(model)
+        self._guard.restarted(model)
+
+    def step_ended(self, model: Sequence[Any], optimizer: Any, outcome: StepOutcome) -> None:
+        """Balance the experts, gather, write, and watch; of a step that is left out, nothing.
+
+        Raises:
+            StepError: the step was not applied for what it computed, and ends the run.
+        """
         self._rates = other_rates(optimizer.param_groups)
-        balance = balance_experts(model, self._args.num_layers, applied)
+        if self._guard.drops(model, outcome):
+            self._forget(model)
+            return
+        balance = balance_experts(model, self._args.num_layers, outcome.applied)
         metrics = load_metrics(balance.counts, balance.bias)
         layers = by_layer(metrics, balance.layers)
         values = {**self._record.reduce(), **summary(metrics)}
@@ -64,7 +80,7 @@ class StepObserver:
     def log_written(self) -> None:
         """Write the line beneath Megatron's, where it has written one."""
         self._speed.log_written()
-        if self._iteration % self._args.log_interval == 0:
+        if self._interval and self._iteration % self._args.log_interval == 0:
             print_rank_last(balance_line(self._iteration, self._interval, self._rates))
             self._interval.clear()
 
@@ -81,6 +97,11 @@ class StepObserver:
                     "carries a loss (documents of one token, or masked as a whole?), or what the "
                     "model computes is not finite"
                 )
+
+    def _forget(self, model: Sequence[Any]) -> None:
+        forget_counts(model)
+        self._record.clear()
+        self._flops.clear()
 
     @property
     def _iteration(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron.core.enums import ModelType
+from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.global_vars import set_global_variables
 from megatron.training.training import pretrain as megatron_pretrain
 from megatron.training.utils import print_rank_0
@@ -15,7 +16,7 @@ from megatron_trinity.arguments.parse import parse_arguments
 from megatron_trinity.arguments.stages import stage_notes
 from megatron_trinity.data.datasets import train_valid_test_datasets
 from megatron_trinity.data.sources import check_data, check_manifests
-from megatron_trinity.errors import UsageError
+from megatron_trinity.errors import StepError, UsageError
 from megatron_trinity.model.config import model_config_from_args
 from megatron_trinity.training.balance import announce_balance
 from megatron_trinity.training.checkpoints import WholeCheckpoints
@@ -54,12 +55,16 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     set_up_optimizer(args)
     model_config = model_config_from_args(args)
     model_config.pre_wrap_hooks.append(partial(announce_balance, args))
-    megatron_pretrain(
-        container_from_args(args, model_config),
-        train_valid_test_datasets,
-        ModelType.encoder_or_decoder,
-        partial(forward_step, record=record, flops=flops),
-    )
+    try:
+        megatron_pretrain(
+            container_from_args(args, model_config),
+            train_valid_test_datasets,
+            ModelType.encoder_or_decoder,
+            partial(forward_step, record=record, flops=flops),
+        )
+    except StepError:  # on every rank; a save in the background is of a step before it
+        maybe_finalize_async_save(blocking=True, terminate=True)
+        raise
 
 
 def check_launch() -> None:

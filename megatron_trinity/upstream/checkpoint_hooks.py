@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,13 +27,16 @@ ADAPTATION = Adaptation(
         "before is being written, and loads what the pointer names"
     ),
     written_for="megatron-core 0.19.2",
-    remove_when="checkpointing takes callbacks before and after a save, and before a load",
+    remove_when="checkpointing takes callbacks around a save and a load",
     after=("checkpoint-failures",),
 )
 
 
 class CheckpointHooks(Protocol):
     """What saving and loading call. A directory is that of one iteration."""
+
+    def check_values(self, model: Sequence[Any], optimizer: Any, directory: Path) -> None:
+        """On every rank, before a save; no other one is in progress."""
 
     def before_save(self, directory: Path) -> None:
         """On rank 0, before any rank writes; no other save is in progress."""
@@ -46,6 +49,9 @@ class CheckpointHooks(Protocol):
 
     def choose(self) -> Path | None:
         """On every rank, before loading: what to load, the same on all; None for a new run."""
+
+    def loaded(self, model: Sequence[Any], optimizer: Any, directory: Path) -> None:
+        """On every rank, when the values of `directory` are in the model and its optimizer."""
 
 
 _hooks: CheckpointHooks | None = None
@@ -68,28 +74,34 @@ def install() -> None:
 
 def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
+    def save_checkpoint(
+        iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         from megatron.training import get_args, training
 
         if _hooks is not None:
             # One at a time: this one may be of the same iteration.
             training.maybe_finalize_async_save(blocking=True)
+            directory = Path(get_args().save, f"iter_{iteration:07d}")
+            _hooks.check_values(model, optimizer, directory)
             if torch.distributed.get_rank() == 0:
-                _hooks.before_save(Path(get_args().save, f"iter_{iteration:07d}"))
+                _hooks.before_save(directory)
             torch.distributed.barrier()
-        return original(iteration, *args, **kwargs)
+        return original(iteration, model, optimizer, *args, **kwargs)
 
     return save_checkpoint
 
 
 def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+    def load_checkpoint(model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         chosen = _hooks.choose() if _hooks is not None else None
-        if chosen is None:
-            return original(*args, **kwargs)
+        if _hooks is None or chosen is None:
+            return original(model, optimizer, *args, **kwargs)
         with _pointing_at(chosen):
-            return original(*args, **kwargs)
+            result = original(model, optimizer, *args, **kwargs)
+        _hooks.loaded(model, optimizer, chosen)
+        return result
 
     return load_checkpoint
 

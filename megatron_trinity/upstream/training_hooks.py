@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from megatron_trinity.upstream.registry import Adaptation
+from megatron_trinity.upstream.rejected_steps import StepRejected, calling_on_rerun
 
 ADAPTATION = Adaptation(
     name="training-hooks",
@@ -28,11 +31,31 @@ ADAPTATION = Adaptation(
 )
 
 
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of a step.
+
+    Attributes:
+        applied: whether the weights have changed; the same on every rank.
+        norm: of the gradients before clipping; None where a loss scale was to blame.
+        losses: over the global batch, on ranks of the last pipeline stage.
+        rejected: by the rerun machine, before anything was applied.
+    """
+
+    applied: bool
+    norm: float | None
+    losses: Mapping[str, torch.Tensor]
+    rejected: StepRejected | None = None
+
+
 class TrainingHooks(Protocol):
     """What the training loop calls, on every rank."""
 
-    def step_ended(self, model: Sequence[Any], optimizer: Any, applied: bool) -> None:
-        """After each optimizer step; `applied` is false if it was skipped (overflow, NaN).
+    def step_restarted(self, model: Sequence[Any]) -> None:
+        """Before a step is run again, which takes the same samples as the first time."""
+
+    def step_ended(self, model: Sequence[Any], optimizer: Any, outcome: StepOutcome) -> None:
+        """After each optimizer step, applied or not.
 
         `model` has this rank's model chunks; `optimizer` already has the next step's rates, which
         are those that Megatron logs.
@@ -80,10 +103,18 @@ def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        result = train_step(forward_step_func, data_iterator, model, optimizer, *args, **kwargs)
-        if _hooks is not None:
-            _, skipped, *_ = result
-            _hooks.step_ended(model, optimizer, applied=not skipped)
+        call = (forward_step_func, data_iterator, model, optimizer, *args)
+        if _hooks is None:
+            return train_step(*call, **kwargs)
+        rejected = None
+        with calling_on_rerun(partial(_hooks.step_restarted, model)):
+            try:
+                result = train_step(*call, **kwargs)
+            except StepRejected as rejection:
+                rejected = rejection
+                result = ({}, 1, False, False, 0, None, None, 0)
+        losses, skipped, *_, norm, _, _ = result
+        _hooks.step_ended(model, optimizer, StepOutcome(not skipped, norm, losses, rejected))
         return result
 
     return step_then_hook

@@ -35,6 +35,15 @@ def structure_faults(stored: TorchDistTensors) -> Iterator[str]:
         yield from _tensor_faults(stored, key)
 
 
+def object_faults(stored: TorchDistTensors) -> Iterator[str]:
+    """What is there and no reader takes for data, so that no training loads it; a line each."""
+    for key in stored.object_keys():
+        try:
+            stored.object(key)
+        except TrinityError as error:
+            yield str(error).removeprefix(f"{stored.path}: ")
+
+
 def _file_faults(directory: Path, name: str, end: int) -> Iterator[str]:
     if Path(name).name != name:
         yield f"{METADATA} names the file {name}, which is outside of the directory"

@@ -216,6 +216,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"z_loss_start_iteration": -1},
     ],
     "alarm-window": [{"alarm_window": 16}, {"alarm_window": 30}],
+    "skip-nonfinite-steps": [{"skip_nonfinite_steps": -1}],
+    "adam-eps": [{"adam_eps": 0.0}, {"adam_eps": -1e-8}],
     "router-extras": [
         {"moe_expert_capacity_factor": 1.0},
         {"moe_z_loss_coeff": 1e-3},

@@ -212,6 +212,19 @@ def test_the_command_line_fails_where_it_is_not_whole(
     assert run_tool(TOOL, [run], monkeypatch) == (1, expected)
 
 
+def test_the_command_line_fails_where_values_are_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors: dict[str, Tensor] = model_tensors(dtype=torch.bfloat16)
+    tensors[KEY][7, 95, 63] = torch.inf
+    path = write_checkpoint(tmp_path / "broken", tensors, model_args(*FLAGS))
+    expected = f"{path} has values that are not finite in 1 tensors, {KEY} the first, so no "
+    assert run_tool(TOOL, [path, "--norms"], monkeypatch) == (
+        1,
+        f"{expected}training goes on from it",
+    )
+
+
 def test_the_command_line_fails_where_two_differ(
     run: Path, iteration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

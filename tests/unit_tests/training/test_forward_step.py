@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from typing import Any
 
@@ -113,7 +114,7 @@ def noted(rank: int, world_size: int, masked_tokens: int) -> list[list[float]]:
 
     rows: list[list[float]] = []
     mask, output = micro_batch(masked_tokens)
-    masked_loss(mask, output.requires_grad_(), Z_LOSS, Rows(lambda: 1))
+    masked_loss(mask, output.requires_grad_(), Z_LOSS, Rows())
     return rows
 
 
@@ -127,6 +128,31 @@ def test_a_micro_batch_is_noted_without_its_z_loss(ranks: RankPools, masked_toke
     assert largest == max(counted, default=-torch.inf)
     mean_logit = output[Row.MEAN_LOGIT][mask > 0].double().sum().item()
     assert mean_logits == pytest.approx(mean_logit, rel=1e-6, abs=0)
+
+
+def gradients(rank: int, world_size: int, added: float) -> tuple[float, Tensor]:
+    """Of a loss to which a constant is added."""
+    from megatron_trinity.training.forward_step import masked_loss
+
+    mask, output = micro_batch(masked_tokens=5)
+    output.requires_grad_()
+    constant = torch.zeros_like(output)
+    constant[Row.CROSS_ENTROPY] = added
+    total, _, _ = masked_loss(mask, output + constant, Z_LOSS)
+    (gradient,) = torch.autograd.grad(total, output)
+    return total.item(), gradient
+
+
+def test_a_loss_that_is_not_finite_has_no_finite_gradient(ranks: RankPools) -> None:
+    """Of an infinite constant the gradient would be that of the rest, and be applied."""
+    [(total, gradient)] = ranks.run(gradients, 0.0, world_size=1)
+    mask, output = micro_batch(masked_tokens=5)
+    expected = sums(mask, output, Z_LOSS)
+    assert total == pytest.approx(expected["lm loss"] + expected["z loss"], rel=1e-6, abs=0)
+    assert torch.equal(gradient[Row.CROSS_ENTROPY], mask)
+    [(total, gradient)] = ranks.run(gradients, torch.inf, world_size=1)
+    assert not math.isfinite(total)
+    assert gradient[Row.CROSS_ENTROPY].isnan().all()
 
 
 class Output(nn.Module):
@@ -177,7 +203,7 @@ def step(
     mask, output = micro_batch(masked_tokens=5)
     tokens = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
     data = {"tokens": tokens, "labels": tokens, "position_ids": tokens, "loss_mask": mask}
-    record = MicroBatchRecord(lambda: 1)
+    record = MicroBatchRecord()
     with torch.set_grad_enabled(not evaluation):
         out, loss_function = forward_step(iter([data]), Output(output), record=record)
         total, _, report = loss_function(out)

@@ -43,11 +43,10 @@ def reduce(
     )
     data_ranks = parallel_state.get_data_parallel_world_size()
     mine = range(len(TOKENS))[parallel_state.get_data_parallel_rank() :: data_ranks]
-    record = MicroBatchRecord(lambda: len(mine))
+    record = MicroBatchRecord()
     if parallel_state.is_pipeline_last_stage():
         part = parallel_state.get_context_parallel_rank()
-        # As if the step had been started anew by Megatron's re-run state machine.
-        for i in (*mine, *mine):
+        for i in mine:
             part_of = slice(None) if context == 1 else part
             loss, tokens, logit = LOSSES[i, part_of], TOKENS[i, part_of], LOGITS[i, part_of]
             record.append(

@@ -30,6 +30,11 @@ FINGERPRINTS: dict[str, str] = {
         "7bc2521da9824da1"
     ),
     "megatron.core.optimizer.optimizer.ChainedOptimizer.get_grad_norm": "9f63de367c412ace",
+    "megatron.core.optimizer.optimizer.ChainedOptimizer.step_with_ready_grads": "44ff5d7800c5e929",
+    "megatron.core.rerun_state_machine.RerunStateMachine.validate_result": "53f746ba2f9f5640",
+    "megatron.core.rerun_state_machine.RerunStateMachine.should_run_forward_backward": (
+        "03aa6443c264b215"
+    ),
     "megatron.core.datasets.utils.compile_helpers": "6891d190987884a0",
     "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
     ".async_loop": "803f760e9eab3a1f",
