@@ -102,7 +102,7 @@ def main() -> None:
 def print_iterations(directory: Path) -> dict[str, str | None]:
     """Say which checkpoints there are beside each other, and what is wrong with them."""
     from megatron_trinity.checkpoint.inspect import iterations_of
-    from megatron_trinity.checkpoint.torch_dist.read import METADATA
+    from megatron_trinity.checkpoint.iterations import METADATA
 
     run = directory.parent if (directory / METADATA).is_file() else directory
     found = {one.name: one.fault for one in iterations_of(run)}

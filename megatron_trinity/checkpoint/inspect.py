@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_trinity.checkpoint.conversion.rows import row_count
+from megatron_trinity.checkpoint.iterations import METADATA, iterations
 from megatron_trinity.checkpoint.torch_dist.read import (
-    METADATA,
     OPTIMIZER_PREFIX,
     TorchDistCheckpoint,
     TorchDistTensors,
 )
-from megatron_trinity.checkpoint.whole.candidates import iterations
 from megatron_trinity.checkpoint.whole.structure import (
     manifest_faults,
     object_faults,

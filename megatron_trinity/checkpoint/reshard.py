@@ -19,15 +19,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_trinity.checkpoint.conversion.slices import slices
 from megatron_trinity.checkpoint.conversion.staging import resumable_staging
 from megatron_trinity.checkpoint.conversion.tasks import Report, Task, run_tasks
+from megatron_trinity.checkpoint.iterations import METADATA, RELEASE
 from megatron_trinity.checkpoint.layout_args import Layout, args_of_layout, layout_of, with_layout
 from megatron_trinity.checkpoint.rank_files.write import rank_jobs, write_rank_file
-from megatron_trinity.checkpoint.torch_dist.read import (
-    COMMON,
-    METADATA,
-    RELEASE,
-    TorchDistCheckpoint,
-    tensors_of,
-)
+from megatron_trinity.checkpoint.torch_dist.read import COMMON, TorchDistCheckpoint, tensors_of
 from megatron_trinity.checkpoint.torch_dist.write import (
     TensorSlice,
     finish,

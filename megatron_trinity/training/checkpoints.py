@@ -14,21 +14,23 @@ from typing import Any
 import torch.distributed as dist
 from megatron.training.utils import print_rank_0
 
-from megatron_trinity.checkpoint.torch_dist.read import METADATA, TorchDistTensors
-from megatron_trinity.checkpoint.whole.candidates import (
-    discard,
+from megatron_trinity.checkpoint.iterations import (
+    METADATA,
     has_manifest,
     iterations,
     mark_interrupted,
-    superfluous,
-    sweep,
+    number_of,
 )
+from megatron_trinity.checkpoint.torch_dist.read import TorchDistTensors
+from megatron_trinity.checkpoint.whole.candidates import discard, superfluous, sweep
 from megatron_trinity.checkpoint.whole.manifest import faults, read_manifest, write_manifest
 from megatron_trinity.errors import StepError, TrinityError
 from megatron_trinity.training.finite import nonfinite_value
+from megatron_trinity.training.load_paths import goes_on_in_save
 from megatron_trinity.training.resume import candidates, refuse_skipped, unusable
 from megatron_trinity.upstream.checkpoint_failures import REMEDY, what_failed
 from megatron_trinity.upstream.checkpoint_sums import take_sums
+from megatron_trinity.upstream.checkpoint_tracker import TRACKER, iteration_path, replacing
 
 Candidate = tuple[Path, str | None]
 
@@ -100,6 +102,8 @@ class WholeCheckpoints:
             if fault is None and path != self._checked:
                 fault = unusable(self._args, path)
             if fault is None:
+                if dist.get_rank() == 0:
+                    self._mend_pointer(path)
                 return path
             skipped.append(f"{path}: {fault}")
             print_rank_0(f"WARNING: skipped {skipped[-1]}")
@@ -108,6 +112,23 @@ class WholeCheckpoints:
             for path in iterations(Path(self._args.load)):
                 print_rank_0(f"WARNING: skipped {path}: its save was interrupted; nothing is lost")
         return None
+
+    def _mend_pointer(self, chosen: Path) -> None:
+        """Let the pointer of `--save` name what it has lagged behind: other programs follow it.
+
+        A run that was killed in its last save leaves it so, and no later one has to save.
+        """
+        if not goes_on_in_save(self._args) or self._args.ckpt_step is not None:
+            return
+        pointer = chosen.parent / TRACKER
+        try:
+            lags = not pointer.exists() or _named_by(pointer) < number_of(chosen)
+        except (OSError, ValueError):
+            return  # it has been skipped with a line
+        if lags:
+            with replacing(pointer) as stream:
+                stream.write(str(number_of(chosen)))
+            print_rank_0(f"WARNING: {pointer} lagged behind {chosen.name}; it names that now")
 
     def loaded(self, model: Sequence[Any], optimizer: Any, directory: Path) -> None:
         """Refuse to go on from what is not finite.
@@ -148,6 +169,10 @@ class WholeCheckpoints:
             for key in tensors.object_keys()[mine]:
                 tensors.object(key)
         return None
+
+
+def _named_by(pointer: Path) -> int:
+    return number_of(iteration_path(pointer.parent, pointer.read_text()))
 
 
 def _of_rank_0(value: Candidate | None) -> Candidate | None:

@@ -6,8 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_trinity.checkpoint.hf.directory import hugging_face_hint
-from megatron_trinity.checkpoint.torch_dist.read import RELEASE
-from megatron_trinity.checkpoint.whole.candidates import is_empty, is_iteration, number_of
+from megatron_trinity.checkpoint.iterations import RELEASE, number_of
+from megatron_trinity.checkpoint.whole.candidates import is_empty, is_iteration
 from megatron_trinity.errors import UsageError
 
 

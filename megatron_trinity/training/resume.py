@@ -9,15 +9,10 @@ from pathlib import Path
 
 from megatron.training.utils import warn_rank_0
 
+from megatron_trinity.checkpoint.iterations import RELEASE, has_manifest, iterations, number_of
 from megatron_trinity.checkpoint.rank_files.checkpoint import RankCheckpoint, rank_files
-from megatron_trinity.checkpoint.torch_dist.read import RELEASE, TorchDistCheckpoint
-from megatron_trinity.checkpoint.whole.candidates import (
-    examine,
-    has_manifest,
-    is_empty,
-    iterations,
-    number_of,
-)
+from megatron_trinity.checkpoint.torch_dist.read import TorchDistCheckpoint
+from megatron_trinity.checkpoint.whole.candidates import examine, is_empty
 from megatron_trinity.errors import TrinityError, UsageError
 from megatron_trinity.training.load_paths import (
     goes_on_in_save,

@@ -147,7 +147,6 @@ def test_what_is_not_finite_is_not_loaded(ranks: RankPools, tmp_path: Path) -> N
         "--ckpt-step",
     )
     (run / NEWEST).rename(tmp_path / "away")
-    (run / POINTER).write_text("2")
     assert ranks.run(train, flags_of(tmp_path, run), world_size=1)[0][:2] == (0, "")
 
 

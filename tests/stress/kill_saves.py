@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_trinity.checkpoint.whole.candidates import iterations, number_of
+from megatron_trinity.checkpoint.iterations import iterations, number_of
 from megatron_trinity.errors import TrinityError
 from tests.checkpoints import check_whole
 from tests.distributed.pool import RankError, RankPool

@@ -25,7 +25,7 @@ from megatron_trinity.checkpoint.hf.import_files import (
 )
 from megatron_trinity.checkpoint.hf.mapping import Entry
 from megatron_trinity.checkpoint.hf.source import HfDirectory, open_hf_directory
-from megatron_trinity.checkpoint.torch_dist.read import RELEASE
+from megatron_trinity.checkpoint.iterations import RELEASE
 from megatron_trinity.checkpoint.torch_dist.write import (
     TensorSlice,
     finish,

@@ -19,12 +19,8 @@ from torch import Tensor
 
 from megatron_trinity.checkpoint.conversion.slices import slices
 from megatron_trinity.checkpoint.conversion.tasks import Report
-from megatron_trinity.checkpoint.torch_dist.read import (
-    MOMENTUM,
-    RELEASE,
-    TorchDistTensors,
-    tensors_of,
-)
+from megatron_trinity.checkpoint.iterations import RELEASE
+from megatron_trinity.checkpoint.torch_dist.read import MOMENTUM, TorchDistTensors, tensors_of
 from megatron_trinity.checkpoint.whole.manifest import FileSum, file_sum
 from megatron_trinity.errors import UsageError
 from megatron_trinity.planning.fake_ranks import build_chunks, fake_groups, stage_ranks

@@ -25,15 +25,10 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_trinity.checkpoint.conversion.rows import Shape, row_count
 from megatron_trinity.checkpoint.conversion.tensor_bytes import read_into
-from megatron_trinity.checkpoint.hf.directory import hugging_face_hint
+from megatron_trinity.checkpoint.iterations import CONFIG, METADATA, find_iteration
 from megatron_trinity.errors import TrinityError, root_cause
 from megatron_trinity.model.architecture import FIXED
 from megatron_trinity.upstream.checkpoint_pickles import load_metadata, load_object
-from megatron_trinity.upstream.checkpoint_tracker import TRACKER, iteration_path
-
-METADATA, CONFIG = ".metadata", "metadata.json"
-RELEASE = "release"
-"""Megatron's name for weights that no run has trained: it loads no optimizer with them."""
 
 OPTIMIZER_PREFIX = "optimizer."
 MOMENTUM = ".expert_bias_momentum"
@@ -320,28 +315,3 @@ def refuse_other_models(path: Path, args: Namespace) -> None:
                 f"{path} is a checkpoint of another model, not of Trinity: it was trained with "
                 f"{name} {found}, and AfMoE has {value}"
             )
-
-
-def find_iteration(directory: Path) -> Path:
-    """The directory of the newest iteration that the pointer file of `directory` names.
-
-    Raises:
-        TrinityError: there is none.
-    """
-    if (directory / METADATA).is_file():
-        return directory
-    try:
-        iteration = iteration_path(directory, (directory / TRACKER).read_text())
-    except FileNotFoundError as error:
-        hint = hugging_face_hint(directory)
-        raise TrinityError(
-            hint or f"{directory} holds no checkpoint: {TRACKER} is not there"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise TrinityError(f"{directory / TRACKER} cannot be read: {error}") from error
-    if not (iteration / METADATA).is_file():
-        raise TrinityError(
-            f"{directory / TRACKER} names {iteration.name}, which has no {METADATA}: it is not "
-            "whole, or not in torch_dist; name the directory of another iteration"
-        )
-    return iteration

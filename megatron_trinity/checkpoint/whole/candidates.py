@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from megatron_trinity.checkpoint.iterations import (
+    CONFIG,
+    METADATA,
+    RELEASE,
+    SAVING,
+    has_manifest,
+    is_interrupted,
+    is_named,
+    iterations,
+    number_of,
+)
 from megatron_trinity.checkpoint.rank_files.checkpoint import incomplete_rank_file, rank_files
-from megatron_trinity.checkpoint.torch_dist.read import CONFIG, METADATA, READ_ERRORS, RELEASE
+from megatron_trinity.checkpoint.torch_dist.read import READ_ERRORS
 from megatron_trinity.checkpoint.whole.manifest import MANIFEST, faults, read_manifest, strangers
 from megatron_trinity.errors import TrinityError, root_cause
 from megatron_trinity.upstream.checkpoint_pickles import load_metadata
@@ -18,67 +28,19 @@ from megatron_trinity.upstream.checkpoint_tracker import TRACKER, iteration_path
 LAST_OF_MEGATRON = CONFIG
 """The last file that Megatron itself writes into an iteration."""
 
-_NAME = re.compile(r"iter_\d{7,}|release")
-_DISCARDED, _SAVING = ".discarded", ".saving"
-
-
-def number_of(iteration: Path) -> int:
-    """The number in the name of an iteration's directory; 0 of `release`."""
-    return 0 if iteration.name == RELEASE else int(iteration.name.removeprefix("iter_"))
-
-
-def iterations(directory: Path) -> list[Path]:
-    """Directories of iterations, newest first, whole or not; `release` comes last.
-
-    Raises:
-        TrinityError: the directory cannot be read.
-    """
-    try:
-        paths = list(directory.iterdir()) if directory.is_dir() else []
-        found = [path for path in paths if _is_named(path) and path.is_dir()]
-    except OSError as error:
-        raise TrinityError(f"{directory} cannot be read: {error}") from error
-    return sorted(found, key=lambda path: (path.name != RELEASE, number_of(path)), reverse=True)
-
-
-def _is_named(path: Path) -> bool:
-    return _NAME.fullmatch(path.name) is not None
+_DISCARDED = ".discarded"
 
 
 def is_iteration(path: Path) -> bool:
     """Whether a directory is that of one iteration, and not of a run."""
     files = (METADATA, MANIFEST, LAST_OF_MEGATRON)
     found = any((path / name).is_file() for name in files) or bool(rank_files(path))
-    return _is_named(path) and found
-
-
-def has_manifest(path: Path) -> bool:
-    """Whether an iteration was saved to the end."""
-    return (path / MANIFEST).is_file()
-
-
-def mark_interrupted(path: Path) -> None:
-    """Have an iteration count as interrupted until it has a manifest.
-
-    Raises:
-        OSError: the mark cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _mark(path).touch()
-
-
-def is_interrupted(path: Path) -> bool:
-    """Whether training has begun to save an iteration, and has not saved it to the end."""
-    return _mark(path).exists() and not has_manifest(path)
+    return is_named(path) and found
 
 
 def is_empty(directory: Path) -> bool:
     """Whether no checkpoint was ever saved to the end in a directory, nor put there."""
     return not (directory / TRACKER).exists() and all(map(is_interrupted, iterations(directory)))
-
-
-def _mark(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_SAVING}")
 
 
 def superfluous(directory: Path, last: int | None, every: int | None) -> list[Path]:
@@ -128,8 +90,8 @@ def sweep(directory: Path) -> None:
     Raises:
         OSError: it cannot be deleted.
     """
-    for mark in directory.glob(f".iter_*{_SAVING}"):
-        iteration = mark.with_name(mark.name[1 : -len(_SAVING)])
+    for mark in directory.glob(f".iter_*{SAVING}"):
+        iteration = mark.with_name(mark.name[1 : -len(SAVING)])
         if has_manifest(iteration) or not iteration.exists():
             mark.unlink()
     for path in directory.glob(f".iter_*{_DISCARDED}"):
@@ -162,7 +124,7 @@ def _pointer_fault(pointer: Path) -> str | None:
         named = iteration_path(pointer.parent, pointer.read_text())
     except (OSError, ValueError) as error:
         return f"it cannot be read: {error}"
-    if not _is_named(named):
+    if not is_named(named):
         return "it names no iteration"
     return None if named.is_dir() else f"it names {named.name}, which is not there"
 

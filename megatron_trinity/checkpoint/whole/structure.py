@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_trinity.checkpoint.torch_dist.read import CONFIG, METADATA, TorchDistTensors
+from megatron_trinity.checkpoint.iterations import CONFIG, METADATA
+from megatron_trinity.checkpoint.torch_dist.read import TorchDistTensors
 from megatron_trinity.checkpoint.whole.manifest import faults, read_manifest
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.model.boxes import Box, cover

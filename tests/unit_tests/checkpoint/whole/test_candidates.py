@@ -8,17 +8,22 @@ from pathlib import Path
 
 import pytest
 
+from megatron_trinity.checkpoint.iterations import (
+    METADATA,
+    find_iteration,
+    iterations,
+    mark_interrupted,
+    number_of,
+)
 from megatron_trinity.checkpoint.whole.candidates import (
     discard,
     examine,
     is_empty,
-    iterations,
-    mark_interrupted,
-    number_of,
     superfluous,
     sweep,
 )
 from megatron_trinity.checkpoint.whole.manifest import MANIFEST, write_manifest
+from megatron_trinity.errors import TrinityError
 from megatron_trinity.upstream.checkpoint_tracker import TRACKER
 
 
@@ -143,3 +148,24 @@ def test_of_a_link_the_link_goes(tmp_path: Path) -> None:
     (tmp_path / "iter_0000004").symlink_to(tmp_path / "iter_0000002")
     discard(tmp_path / "iter_0000004")
     assert numbers(iterations(tmp_path)) == [2]
+
+
+def test_readers_take_the_newest_that_was_saved_to_the_end(tmp_path: Path) -> None:
+    """Whatever the pointer names, as training does; it counts where there is no manifest at all."""
+    save(tmp_path, 2, 4)
+    interrupt(tmp_path, 6)
+    for number in (2, 4, 6):
+        (tmp_path / f"iter_{number:07d}" / METADATA).touch()
+    for pointer in ("2", "4", "6", "9", "release"):
+        (tmp_path / TRACKER).write_text(pointer)
+        assert find_iteration(tmp_path) == tmp_path / "iter_0000004"
+    (tmp_path / TRACKER).unlink()
+    assert find_iteration(tmp_path) == tmp_path / "iter_0000004"
+    assert find_iteration(tmp_path / "iter_0000002") == tmp_path / "iter_0000002"
+    for number in (2, 4):
+        (tmp_path / f"iter_{number:07d}" / MANIFEST).unlink()
+    (tmp_path / TRACKER).write_text("2")
+    assert find_iteration(tmp_path) == tmp_path / "iter_0000002"
+    save(tmp_path, 8)
+    with pytest.raises(TrinityError, match=r"iter_0000008 is the newest that was saved, which has"):
+        find_iteration(tmp_path)
