@@ -42,7 +42,7 @@ def train_to_the_last_pointer(rank: int, world_size: int, flags: Sequence[str]) 
         if directory.name == f"iter_{STEPS:07d}":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(checkpoints, "write_manifest", then_die)  # noqa: B010 - of another type
+    setattr(checkpoints, "write_manifest", then_die)
     run_trainer(rank, world_size, flags)
 
 
