@@ -21,6 +21,7 @@ from megatron_trinity.training.balance import announce_balance
 from megatron_trinity.training.checkpoints import WholeCheckpoints
 from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.forward_step import forward_step
+from megatron_trinity.training.held_save import held_save
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
@@ -46,20 +47,21 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     set_global_variables(args)
     settle_vocabulary(args)
     check_manifests(args)
-    checked = check_checkpoint(args)
-    record, flops = MicroBatchRecord(), StepFlops(args)
-    set_flop_counter(flops)
-    set_training_hooks(StepObserver(args, record, flops))
-    set_checkpoint_hooks(WholeCheckpoints(args, checked))
-    set_up_optimizer(args)
-    model_config = model_config_from_args(args)
-    model_config.pre_wrap_hooks.append(partial(announce_balance, args))
-    megatron_pretrain(
-        container_from_args(args, model_config),
-        train_valid_test_datasets,
-        ModelType.encoder_or_decoder,
-        partial(forward_step, record=record, flops=flops),
-    )
+    with held_save(args) as held:
+        checked = check_checkpoint(args)
+        record, flops = MicroBatchRecord(), StepFlops(args)
+        set_flop_counter(flops)
+        set_training_hooks(StepObserver(args, record, flops, held))
+        set_checkpoint_hooks(WholeCheckpoints(args, checked, held))
+        set_up_optimizer(args)
+        model_config = model_config_from_args(args)
+        model_config.pre_wrap_hooks.append(partial(announce_balance, args))
+        megatron_pretrain(
+            container_from_args(args, model_config),
+            train_valid_test_datasets,
+            ModelType.encoder_or_decoder,
+            partial(forward_step, record=record, flops=flops),
+        )
 
 
 def check_launch() -> None:
