@@ -20,7 +20,6 @@ from pathlib import Path
 
 from megatron_trinity.checkpoint.whole.owner import Owner, this_process
 from megatron_trinity.errors import TrinityError
-from megatron_trinity.upstream.checkpoint_failures import what_failed
 
 SILENCE = 180.0
 """Seconds without a sign of life after which a process of another host counts as gone."""
@@ -123,9 +122,9 @@ def holding(
     try:
         held = _take(directory, wait, silence, say, beat)
     except OSError as error:
-        raise TrinityError(
-            f"{directory} cannot be written: {what_failed(error, str(directory))}"
-        ) from error
+        is_full = error.errno == errno.ENOSPC
+        why = f"the disk of {directory} is full" if is_full else error.strerror
+        raise TrinityError(f"cannot write into {directory}: {why}") from error
     try:
         yield held
     finally:
