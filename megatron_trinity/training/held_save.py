@@ -46,7 +46,7 @@ def held_save(args: Namespace) -> Iterator[Hold | None]:
             except TrinityError as error:
                 fault = str(error)
         if store is not None:
-            fault = _by_store(store, rank, world_size, fault)
+            fault = by_store(store, rank, world_size, fault)
         elif world_size > 1:
             fault = _by_broadcast(fault)
         if fault:
@@ -69,8 +69,13 @@ def _by_broadcast(fault: str) -> str:
     return shared[0]
 
 
-def _by_store(store: dist.Store, rank: int, world_size: int, fault: str) -> str:
-    """What rank 0 has to say, before there is a process group."""
+def by_store(store: dist.Store, rank: int, world_size: int, fault: str) -> str:
+    """What rank 0 has to say, on every rank, before there is a process group.
+
+    Args:
+        store: of the launch.
+        fault: of rank 0; "" if there is none.
+    """
     # torchrun starts ranks anew with the store of those before them.
     key = f"trinity/save/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if rank != 0:

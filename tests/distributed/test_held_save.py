@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -11,16 +12,18 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megatron_trinity.checkpoint.whole.hold import holding
+from megatron_trinity.checkpoint.whole.manifest import MANIFEST
+from megatron_trinity.training.held_save import LAST_WORDS, by_store
 from tests.broken_runs import POINTER, STEPS, Outcome, flags_of, listing, train
 from tests.distributed.pool import RankPools
 from tests.distributed.test_launcher import LIMIT, launch
 from tests.trainer import training_flags, write_dataset
-
-Lost = Callable[[Path], object]
 
 
 def _another_takes_over(run: Path) -> None:
@@ -31,29 +34,53 @@ def _another_takes_over(run: Path) -> None:
     file.with_name(f".held_{number}").write_text(json.dumps(content))
 
 
-def train_and_lose(rank: int, world_size: int, flags: Sequence[str], run: Path) -> Outcome:
-    """Train, and lose the directory before the second save."""
+def train_and_lose(
+    rank: int, world_size: int, flags: Sequence[str], run: Path, hook: str
+) -> Outcome:
+    """Train, and lose the directory before the hook of the second save, or in the second step."""
     from megatron_trinity.training.checkpoints import WholeCheckpoints
+    from megatron_trinity.training.observer import StepObserver
 
-    real = WholeCheckpoints.before_save
+    hooked: Any = StepObserver if hook == "step_ended" else WholeCheckpoints
+    real, calls = getattr(hooked, hook), itertools.count(1)
 
-    def before_save(self: WholeCheckpoints, directory: Path) -> None:
-        if directory.name == "iter_0000002":
+    def lose_and_call(self: Any, *args: Any, **kwargs: Any) -> None:
+        if next(calls) == 2:
             _another_takes_over(run)
-        real(self, directory)
+            if hook == "step_ended":
+                self._held._sign()  # which is due every ten seconds
+        real(self, *args, **kwargs)
 
-    WholeCheckpoints.before_save = before_save  # type: ignore[method-assign]
+    setattr(hooked, hook, lose_and_call)
     try:
         return train(rank, world_size, flags)
     finally:
-        WholeCheckpoints.before_save = real  # type: ignore[method-assign]
+        setattr(hooked, hook, real)
+
+
+def train_and_look(rank: int, world_size: int, flags: Sequence[str], looked: Path) -> Outcome:
+    """Train, with a sign for each look at who holds `--save`."""
+    from megatron_trinity.checkpoint.whole import hold
+
+    real = hold._newest
+
+    def newest(directory: Path) -> tuple[int, bytes]:
+        found = real(directory)
+        looked.touch()
+        return found
+
+    hold._newest = newest
+    try:
+        return train(rank, world_size, flags)
+    finally:
+        hold._newest = real
 
 
 def test_all_ranks_hear_that_it_is_in_use(ranks: RankPools, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data")
     run = tmp_path / "run"
     flags = flags_of(tmp_path, run)
-    with holding(run):
+    with holding(run, beat=LIMIT):
         before = listing(run)
         outcomes = ranks.run(train, flags, world_size=2)
         assert listing(run) == before
@@ -67,12 +94,15 @@ def test_a_run_that_waits_and_one_that_needs_nothing(ranks: RankPools, tmp_path:
     write_dataset(tmp_path / "data")
     run = tmp_path / "run"
     flags = flags_of(tmp_path, run, "--save-in-use", "wait")
-    ranks.pool(1)  # so that what follows is the wait alone
+    looked = tmp_path / "looked"
     with ThreadPoolExecutor(1) as executor:
         with holding(run):
-            future = executor.submit(ranks.run, train, flags, world_size=1)
-            time.sleep(3)
-            assert not future.done()
+            future = executor.submit(ranks.run, train_and_look, flags, looked, world_size=1)
+            began = time.monotonic()
+            while not looked.exists():
+                assert not future.done()
+                assert time.monotonic() - began < LIMIT
+                time.sleep(0.05)
             assert [path.name for path in run.iterdir()] == [".held_1"]
         [(code, error, printed)] = future.result()
     assert (code, error) == (0, "")
@@ -88,21 +118,51 @@ def test_a_run_that_waits_and_one_that_needs_nothing(ranks: RankPools, tmp_path:
     assert not list(tmp_path.glob("*/.held_*"))
 
 
-@pytest.mark.parametrize("background", [[], ["--async-save"]])
+TAKEN = "is not held by this run any more: taken over by process "
+
+
+@pytest.mark.parametrize(
+    ("hook", "background"),
+    [
+        ("before_save", []),
+        ("before_save", ["--async-save"]),
+        ("before_pointer", []),
+        ("before_pointer", ["--async-save"]),
+        ("step_ended", []),
+    ],
+)
 def test_a_run_that_was_taken_over_writes_nothing_more(
-    ranks: RankPools, tmp_path: Path, background: list[str]
+    ranks: RankPools, tmp_path: Path, hook: str, background: list[str]
 ) -> None:
     write_dataset(tmp_path / "data")
     run = tmp_path / "run"
     flags = flags_of(tmp_path, run, *background)
-    [(code, error, _)] = ranks.run(train_and_lose, flags, run, world_size=1)
+    [(code, error, _)] = ranks.run(train_and_lose, flags, run, hook, world_size=1)
     assert code == 1
-    assert error.startswith(f"{run} is not held by this run any more: taken over by process ")
-    assert " on moon since " in error
+    assert f"{run} {TAKEN}" in error
+    assert re.search(r" on moon since .*; this one writes nothing more", error)
     assert (run / POINTER).read_text() == "1"
-    names = {path.name for path in run.iterdir() if not path.name.startswith(".held_")}
-    assert names == {"iter_0000001", POINTER}
+    assert [path.parent.name for path in run.glob(f"*/{MANIFEST}")] == ["iter_0000001"]
+    saved = ["iter_0000001", "iter_0000002"] if hook == "before_pointer" else ["iter_0000001"]
+    assert sorted(path.name for path in run.glob("iter_*")) == saved
     assert (run / ".held_2").exists()  # it is the other's
+
+
+@pytest.mark.parametrize("fault", ["", "it is in use"])
+def test_ranks_hear_by_the_store_of_their_launch(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = dist.HashStore()
+    with ThreadPoolExecutor(4) as executor:
+        for restart in range(2):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
+            others = [executor.submit(by_store, store, rank, 4, "") for rank in (1, 2, 3)]
+            time.sleep(0.2)
+            assert not any(future.done() for future in others)
+            began = time.monotonic()
+            assert by_store(store, 0, 4, fault) == fault
+            assert time.monotonic() - began < LAST_WORDS
+            assert [future.result() for future in others] == [fault] * 3
 
 
 def _steps(output: Path) -> list[int]:
@@ -117,8 +177,11 @@ def _wait_for(holds: Callable[[], object], launcher: subprocess.Popen[bytes], ou
         time.sleep(0.1)
 
 
-def test_launches_of_torchrun(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_launches_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second one ends with one line; the first restarts a rank that dies, and goes on at once."""
+    # With a store that outlives its ranks, gloo looks for those that are gone.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     write_dataset(tmp_path / "data")
     run = tmp_path / "run"
     flags = training_flags(

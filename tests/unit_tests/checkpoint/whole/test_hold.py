@@ -286,6 +286,37 @@ def test_of_several_that_take_over_one_wins(start: Start, run: Path, machine: st
     assert sum("taken over" in line for lines in outcomes for line in lines) == 1
 
 
+@pytest.mark.parametrize(
+    ("there", "number", "content"),
+    [
+        ({1: b"a", 2: b"b"}, 1, b"a"),  # another was faster
+        ({2: b"b"}, 0, b""),  # another was there, and not seen
+        ({1: b"b"}, 1, b"a"),  # it gave a sign of life
+        ({}, 1, b"a"),  # it was released
+        ({3: b"c"}, 1, b"a"),  # it was followed, twice
+    ],
+)
+def test_what_is_outdated_is_not_followed(
+    run: Path, there: dict[int, bytes], number: int, content: bytes
+) -> None:
+    run.mkdir()
+    for other, text in there.items():
+        (run / f".held_{other}").write_bytes(text)
+    assert hold._follow(run, number, content, BEAT) is None
+    assert {int(p.name[6:]): p.read_bytes() for p in run.iterdir()} == there
+
+
+def test_what_was_followed_is_deleted(run: Path) -> None:
+    """That of the holder, and what one who followed before could not delete."""
+    run.mkdir()
+    for number in (1, 2, 10):
+        (run / f".held_{number}").write_bytes(b"a")
+    held = hold._follow(run, 10, b"a", BEAT)
+    assert held is not None
+    assert [path.name for path in run.iterdir()] == [".held_11"]
+    held.release()
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_they_take_turns_whoever_is_killed(start: Start, run: Path, seed: int) -> None:
     """Of twelve that wait five are killed, holding or not; no two of them hold it at once."""
