@@ -271,6 +271,16 @@ def test_one_that_waits_goes_on_when_the_holder_is_done(start: Start, run: Path)
     assert line.endswith(": waiting for its end")
 
 
+def test_one_that_waits_for_another_machine_does_not_take_over(start: Start, run: Path) -> None:
+    """However long it waits, it is from the newest sign of life on."""
+    process = start("moon", stay=2.5 * SILENCE)
+    assert process.line() == "held"
+    looking, waiting = take(run, wait=True)
+    assert process.line() == "done"
+    assert looking.endswith(": waiting 1 s for a sign of life")
+    assert waiting.endswith(": waiting for its end")
+
+
 @pytest.mark.parametrize("machine", ["here", "moon"])
 def test_of_several_that_take_over_one_wins(start: Start, run: Path, machine: str) -> None:
     first, go = start(machine), FORK.Event()
