@@ -35,6 +35,20 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         help="before loading, read every file and compare its checksum; without, names and "
         "sizes are compared alone (default: %(default)s)",
     )
+    group.add_argument(
+        "--save-in-use",
+        choices=("end", "wait"),
+        default="end",
+        help="what to do where another run holds --save (default: %(default)s)",
+    )
+    group.add_argument(
+        "--save-silence",
+        type=float,
+        default=180.0,
+        metavar="SECONDS",
+        help="without a sign of life from a run on another host, before --save is taken over from "
+        "it (default: %(default)s)",
+    )
 
 
 def _below_1(number: int | None) -> bool:
@@ -45,6 +59,9 @@ def _misses_saves(args: Namespace) -> bool:
     every, interval = args.keep_every_iterations, args.save_interval
     return bool(every and interval and every % interval != 0)
 
+
+LEAST_SILENCE = 60
+"""Seconds: hosts that share a file system may see what another has written so much later."""
 
 FORMATS = ("torch_dist", "torch")
 """Of Megatron's formats those whose checkpoints are whole or nothing."""
@@ -67,6 +84,12 @@ CHECKPOINT_REFUSALS: tuple[Refusal, ...] = (
         _misses_saves,
         "{--keep-every-iterations=} is no multiple of {--save-interval=}, so it would keep few "
         "or none; use a multiple",
+    ),
+    Refusal(
+        "save-silence",
+        lambda a: not a.save_silence >= LEAST_SILENCE,
+        "{--save-silence=} is less than 60 seconds, in which a shared file system may keep a sign "
+        "of life back; use 60 or more",
     ),
     Refusal(
         "retain-interval",

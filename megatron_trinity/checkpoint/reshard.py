@@ -32,6 +32,7 @@ from megatron_trinity.checkpoint.torch_dist.write import (
     plan_files,
     write_file,
 )
+from megatron_trinity.checkpoint.whole.hold import holding
 from megatron_trinity.checkpoint.whole.manifest import (
     MANIFEST,
     FileSum,
@@ -135,8 +136,8 @@ def reshard(
 
     Raises:
         UsageError: so few files are more than memory holds, or the format cannot have the layout.
-        TrinityError: there is no checkpoint, it is not whole, the model cannot have the layout, or
-            a path is not usable.
+        TrinityError: there is no checkpoint, it is not whole, the model cannot have the layout, a
+            run holds `save`, or a path is not usable.
     """
     source = TorchDistCheckpoint(load)
     notes = _refuse_damaged(source)
@@ -163,7 +164,7 @@ def reshard(
         return done
     stat = (source.path / METADATA).stat()
     plan = [str(source.path), stat.st_size, stat.st_mtime_ns, planned.fingerprint]
-    with resumable_staging(target, plan, needed) as staging:
+    with holding(save), resumable_staging(target, plan, needed) as staging:
         staged.mkdir(exist_ok=True)
         _check_sums(source.path, staging, workers, show)
         written = run_tasks(

@@ -23,6 +23,7 @@ from megatron_trinity.checkpoint.iterations import (
 )
 from megatron_trinity.checkpoint.torch_dist.read import TorchDistTensors
 from megatron_trinity.checkpoint.whole.candidates import discard, superfluous, sweep
+from megatron_trinity.checkpoint.whole.hold import Hold
 from megatron_trinity.checkpoint.whole.manifest import faults, read_manifest, write_manifest
 from megatron_trinity.errors import StepError, TrinityError
 from megatron_trinity.training.finite import nonfinite_value
@@ -41,11 +42,13 @@ class WholeCheckpoints:
     Args:
         args: of the run.
         checked: the iteration of which `check_checkpoint` has seen that it is of this run.
+        held: `--save`, on rank 0.
     """
 
-    def __init__(self, args: Namespace, checked: Path | None) -> None:
+    def __init__(self, args: Namespace, checked: Path | None, held: Hold | None) -> None:
         self._args = args
         self._checked = checked
+        self._held = held
 
     def check_values(self, model: Sequence[Any], optimizer: Any, directory: Path) -> None:
         """Save nothing that is not finite.
@@ -61,6 +64,7 @@ class WholeCheckpoints:
 
     def before_save(self, directory: Path) -> None:
         """Remove what another run has left where this one is about to write."""
+        self._check_held()
         try:
             mark_interrupted(directory)
             if directory.is_symlink() or directory.exists():
@@ -73,6 +77,7 @@ class WholeCheckpoints:
 
     def before_pointer(self, directory: Path) -> None:
         """Write the manifest, from sums that the writers of the files have computed."""
+        self._check_held()
         write_manifest(directory, take_sums(directory))
 
     def after_pointer(self, directory: Path) -> None:
@@ -85,6 +90,10 @@ class WholeCheckpoints:
             sweep(directory.parent)
         except OSError as error:  # the run needs none of them
             print_rank_0(f"WARNING: an old checkpoint could not be deleted: {error}")
+
+    def _check_held(self) -> None:
+        if self._held is not None:
+            self._held.check()
 
     def choose(self) -> Path | None:
         """The newest iteration under `--load` that is whole, or the one of `--ckpt-step`.

@@ -13,6 +13,7 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import print_rank_last
 from torch import Tensor
 
+from megatron_trinity.checkpoint.whole.hold import Hold
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.moe.metrics import by_layer, load_metrics, summary
 from megatron_trinity.training.alarm import Alarms
@@ -32,8 +33,18 @@ class StepObserver:
     over the same steps.
     """
 
-    def __init__(self, args: Namespace, record: MicroBatchRecord, flops: StepFlops) -> None:
-        """`record` is the one that the loss function writes to, `flops` what the loop asks."""
+    def __init__(
+        self,
+        args: Namespace,
+        record: MicroBatchRecord,
+        flops: StepFlops,
+        held: Hold | None = None,
+    ) -> None:
+        """`record` is what the loss function writes to, `flops` what the loop asks.
+
+        `held` is `--save` on rank 0: a run that has lost it ends with the next step.
+        """
+        self._held = held
         self._args = args
         self._record = record
         self._flops = flops
@@ -55,7 +66,10 @@ class StepObserver:
 
         Raises:
             StepError: the step was not applied for what it computed, and ends the run.
+            TrinityError: another run has taken over `--save`.
         """
+        if self._held is not None:
+            self._held.check(look=False)
         self._rates = other_rates(optimizer.param_groups)
         if self._guard.drops(model, outcome):
             self._forget(model)

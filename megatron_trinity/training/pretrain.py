@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from megatron.core.enums import ModelType
@@ -22,6 +23,7 @@ from megatron_trinity.training.balance import announce_balance
 from megatron_trinity.training.checkpoints import WholeCheckpoints
 from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.forward_step import forward_step
+from megatron_trinity.training.held_save import held_save
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
@@ -47,22 +49,29 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     set_global_variables(args)
     settle_vocabulary(args)
     check_manifests(args)
-    checked = check_checkpoint(args)
-    record, flops = MicroBatchRecord(), StepFlops(args)
-    set_flop_counter(flops)
-    set_training_hooks(StepObserver(args, record, flops))
-    set_checkpoint_hooks(WholeCheckpoints(args, checked))
-    set_up_optimizer(args)
-    model_config = model_config_from_args(args)
-    model_config.pre_wrap_hooks.append(partial(announce_balance, args))
-    try:
+    with held_save(args) as held, finished_saves():
+        checked = check_checkpoint(args)
+        record, flops = MicroBatchRecord(), StepFlops(args)
+        set_flop_counter(flops)
+        set_training_hooks(StepObserver(args, record, flops, held))
+        set_checkpoint_hooks(WholeCheckpoints(args, checked, held))
+        set_up_optimizer(args)
+        model_config = model_config_from_args(args)
+        model_config.pre_wrap_hooks.append(partial(announce_balance, args))
         megatron_pretrain(
             container_from_args(args, model_config),
             train_valid_test_datasets,
             ModelType.encoder_or_decoder,
             partial(forward_step, record=record, flops=flops),
         )
-    except StepError:  # on every rank; a save in the background is of a step before it
+
+
+@contextmanager
+def finished_saves() -> Iterator[None]:
+    """Finish the save in the background where a step ends the run: it is of one before it."""
+    try:
+        yield
+    except StepError:  # on every rank
         maybe_finalize_async_save(blocking=True, terminate=True)
         raise
 

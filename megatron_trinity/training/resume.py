@@ -96,7 +96,7 @@ def check_checkpoint(args: Namespace) -> Path | None:
         if args.exit_on_missing_checkpoint:
             refuse_nothing(args, "load")
     if args.save and not args.skip_train:
-        _check_writable(Path(args.save))
+        check_writable(Path(args.save))
         _check_nothing_newer(args, chosen)
     return chosen
 
@@ -233,8 +233,12 @@ def _meant(args: Namespace, name: str) -> object:
     return 1.0 if value is None and name == "moe_router_topk_scaling_factor" else value
 
 
-def _check_writable(save: Path) -> None:
-    """Say now, and not at the first save, that there can be none."""
+def check_writable(save: Path) -> None:
+    """Say now, and not at the first save, that there can be none.
+
+    Raises:
+        TrinityError: in one line, what cannot be written to.
+    """
     there = next(path for path in (save, *save.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise TrinityError(f"--save {save} cannot be written: {there} is not a writable directory")

@@ -35,6 +35,7 @@ from megatron_trinity.checkpoint.torch_dist.write import (
     plan_files,
     write_file,
 )
+from megatron_trinity.checkpoint.whole.hold import holding
 from megatron_trinity.data.manifest import refuse_existing
 from megatron_trinity.model.config import padded_vocab_size
 from megatron_trinity.progress import Progress, SilentProgress
@@ -93,7 +94,8 @@ def import_hf(
         show: makes the progress display, given the bytes in all.
 
     Raises:
-        TrinityError: what is in `hf` is not one whole model, or a path is not usable.
+        TrinityError: what is in `hf` is not one whole model, a run holds `save`, or a path is not
+            usable.
     """
     source = open_hf_directory(hf)
     assert source.dtype is not None
@@ -104,7 +106,8 @@ def import_hf(
     args = _args(source, matrices, save)
     files = list(_files(source, args.padded_vocab_size, matrices, memory_bytes // workers))
     needed = sum(piece.nbytes for file in files for piece, _ in file)
-    with resumable_staging(target, _fingerprint(source, files), needed) as staging:
+    fingerprint = _fingerprint(source, files)
+    with holding(save), resumable_staging(target, fingerprint, needed) as staging:
         whole, carried = staging / RELEASE, staging / CARRIED
         for directory in (whole, carried):
             directory.mkdir(exist_ok=True)

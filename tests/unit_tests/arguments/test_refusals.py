@@ -161,6 +161,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "muon-rank-files": [{"ckpt_format": "torch", "use_distributed_optimizer": True}],
     "checkpoint-format": [{"ckpt_format": "torch_dcp"}, {"ckpt_format": "fsdp_dtensor"}],
     "keep-numbers": [{"keep_last_checkpoints": 0}, {"keep_every_iterations": -1}],
+    "save-silence": [{"save_silence": 59.0}, {"save_silence": float("nan")}],
     "keep-every": [{"keep_every_iterations": 5, "save_interval": 10}],
     "retain-interval": [{"save_retain_interval": 10}],
     "non-persistent": [{"non_persistent_ckpt_type": "global"}, {"non_persistent_save_interval": 1}],

@@ -16,6 +16,7 @@ from megatron_trinity.checkpoint.inspect import inspect_checkpoint
 from megatron_trinity.checkpoint.layout_args import parse_layout_text
 from megatron_trinity.checkpoint.reshard import FILE_SHARE, SLICE_SHARE, reshard
 from megatron_trinity.checkpoint.torch_dist.read import TorchDistCheckpoint
+from megatron_trinity.checkpoint.whole.hold import holding
 from megatron_trinity.checkpoint.whole.manifest import write_manifest
 from megatron_trinity.errors import TrinityError, UsageError
 from tests.checkpoints import (
@@ -233,6 +234,17 @@ def test_a_target_that_is_there(run: Path, tmp_path: Path) -> None:
         with pytest.raises(TrinityError, match="is there already and is not replaced"):
             reshard(run, save)
         assert snapshot(tmp_path) == before
+
+
+def test_a_directory_that_a_run_holds(run: Path, tmp_path: Path) -> None:
+    with (
+        holding(tmp_path / "new"),
+        pytest.raises(TrinityError, match=f"^{tmp_path / 'new'} is in use: it is held by process"),
+    ):
+        reshard(run, tmp_path / "new")
+    with holding(run):
+        reshard(run, tmp_path / "new")  # which only reads that one
+    assert not list((tmp_path / "new").glob(".held_*"))
 
 
 def test_a_path_that_cannot_be_written(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""The directory of `--save` is held by one run, from its start to its end."""
+
+from __future__ import annotations
+
+import os
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from megatron_trinity.checkpoint.whole.hold import Hold, holding
+from megatron_trinity.errors import TrinityError
+from megatron_trinity.training.resume import check_writable
+
+EVER = timedelta(days=999)
+LAST_WORDS = 5.0
+"""Seconds that a verdict has to reach all ranks before rank 0, which may have their store, ends."""
+
+
+@contextmanager
+def held_save(args: Namespace) -> Iterator[Hold | None]:
+    """Hold `--save` on rank 0, and wait for that on the others; None there, or without `--save`.
+
+    Raises:
+        TrinityError: another run holds it, or it cannot be written; the same on all ranks.
+    """
+    if not args.save or args.skip_train:
+        yield None
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # Kept as long as the run: where rank 0 has it, Megatron's own is that one, too.
+    store = None
+    if world_size > 1 and not dist.is_initialized():
+        store, _, _ = next(rendezvous("env://"))
+    with ExitStack() as stack:
+        held, fault = None, ""
+        if rank == 0:
+            try:
+                check_writable(Path(args.save))
+                held = stack.enter_context(_holding(args))
+            except TrinityError as error:
+                fault = str(error)
+        if store is not None:
+            fault = by_store(store, rank, world_size, fault)
+        elif world_size > 1:
+            fault = _by_broadcast(fault)
+        if fault:
+            raise TrinityError(fault)
+        yield held
+
+
+def _holding(args: Namespace) -> AbstractContextManager[Hold]:
+    return holding(
+        Path(args.save),
+        wait=args.save_in_use == "wait",
+        silence=args.save_silence,
+        say=lambda line: print(f"WARNING: --save {line}", flush=True),
+    )
+
+
+def _by_broadcast(fault: str) -> str:
+    shared = [fault]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def by_store(store: dist.Store, rank: int, world_size: int, fault: str) -> str:
+    """What rank 0 has to say, on every rank, before there is a process group.
+
+    Args:
+        store: of the launch.
+        fault: of rank 0; "" if there is none.
+    """
+    # torchrun starts ranks anew with the store of those before them.
+    key = f"trinity/save/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    if rank != 0:
+        store.wait([key], EVER)
+        fault = store.get(key).decode()
+        store.add(f"{key}/heard", 1)
+        return fault
+    store.set(key, fault)
+    deadline = time.monotonic() + LAST_WORDS
+    while fault and store.add(f"{key}/heard", 0) < world_size - 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return fault
