@@ -57,6 +57,11 @@ OPTIMIZER_REFUSALS: tuple[Refusal, ...] = (
         "optimizer's state",
     ),
     Refusal(
+        "adam-betas",
+        lambda a: not (0 <= a.adam_beta1 < 1 and 0 <= a.adam_beta2 < 1),
+        "{--adam-beta1=}, {--adam-beta2=}: use 0 or more, and less than 1",
+    ),
+    Refusal(
         "optimizer-instances",
         lambda a: a.num_distributed_optimizer_instances > 1 and not a.use_distributed_optimizer,
         "{--num-distributed-optimizer-instances=} are parts of the ranks that shard the "
