@@ -121,15 +121,6 @@ MODEL_REFUSALS: tuple[Refusal, ...] = (
         "{--kv-channels=}: RoPE turns pairs of channels; use an even number",
     ),
     Refusal(
-        "dense-size",
-        lambda a: (
-            a.ffn_hidden_size is not None
-            and a.ffn_hidden_size % (2 * a.tensor_model_parallel_size) != 0
-        ),
-        "{--ffn-hidden-size=}: Megatron's warm-up halves the part of each of "
-        "{--tensor-model-parallel-size=} ranks; use a multiple of twice that",
-    ),
-    Refusal(
         "attention-backend",
         lambda a: str(getattr(a.attention_backend, "name", a.attention_backend)) == "local",
         "{--attention-backend} local needs layers of Megatron's own; use auto or unfused",

@@ -106,6 +106,15 @@ PARALLELISM_REFUSALS: tuple[Refusal, ...] = (
         "{--tensor-model-parallel-size} if it is not given; use a divisor",
     ),
     Refusal(
+        "dense-size",
+        lambda a: (
+            a.ffn_hidden_size is not None
+            and a.ffn_hidden_size % (2 * a.tensor_model_parallel_size) != 0
+        ),
+        "{--ffn-hidden-size=}: Megatron's warm-up halves the part of each of "
+        "{--tensor-model-parallel-size=} ranks; use a multiple of twice that",
+    ),
+    Refusal(
         "context-parallel-kind",
         lambda a: a.context_parallel_size > 1 and not set(a.cp_comm_type) <= set(CP_COMM_TYPES),
         "{--cp-comm-type}: ring attention (p2p) knows no window, and local layers have one; use "

@@ -24,7 +24,8 @@ from megatron_trinity.training.forward_step import forward_step
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
-from megatron_trinity.training.resume import check_checkpoint
+from megatron_trinity.training.profiles import check_profile
+from megatron_trinity.training.resume import check_checkpoint, start_of
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
 from megatron_trinity.upstream.assertions import refusing
 from megatron_trinity.upstream.checkpoint_hooks import set_checkpoint_hooks
@@ -49,6 +50,7 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     settle_vocabulary(args)
     check_manifests(args)
     checked = check_checkpoint(args)
+    check_profile(args, start_of(args, checked))
     record, flops = MicroBatchRecord(), StepFlops(args)
     set_flop_counter(flops)
     set_training_hooks(StepObserver(args, record, flops))
