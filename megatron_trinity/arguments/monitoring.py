@@ -46,6 +46,12 @@ MONITORING_REFUSALS: tuple[Refusal, ...] = (
         "{--wandb-project} keeps files in a folder; give {--wandb-save-dir} or {--save}",
     ),
     Refusal(
+        "wandb-log",
+        lambda a: a.wandb_project and not a.tensorboard_dir,
+        "{--wandb-project}: Megatron reports there what it also writes for TensorBoard, and no "
+        "loss without that; give {--tensorboard-dir} as well",
+    ),
+    Refusal(
         "wandb",
         lambda a: a.wandb_project and find_spec("wandb") is None,
         "{--wandb-project} needs the package wandb, which is not installed; use "

@@ -6,6 +6,7 @@ What the trainer would otherwise end with a traceback, or would ignore.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from tests.distributed.pool import RankPools
 from tests.trainer import run_trainer, training_flags, write_dataset
 
 PROFILE = "--profile --use-pytorch-profiler --tensorboard-dir {tmp}/log"
+WANDB = "--wandb-project a --wandb-exp-name b --tensorboard-dir {tmp}/log"
 TINY = "--preset tiny --train-iters 4"
 
 WITH_DATA = {
@@ -25,7 +27,10 @@ WITH_DATA = {
     "--wandb-project a": "--wandb-project needs a name for the run; give --wandb-exp-name",
     "--wandb-project a --wandb-exp-name b": "--wandb-project keeps files in a folder; give "
     "--wandb-save-dir or --save",
-    "--wandb-project a --wandb-exp-name b --wandb-save-dir {tmp}": "--wandb-project needs the "
+    "--wandb-project a --wandb-exp-name b --wandb-save-dir {tmp}": "--wandb-project: Megatron "
+    "reports there what it also writes for TensorBoard, and no loss without that; give "
+    "--tensorboard-dir as well",
+    f"{WANDB} --wandb-save-dir {{tmp}}": "--wandb-project needs the "
     'package wandb, which is not installed; use pip install ".[wandb]", or leave it out',
     "--profile": "--profile starts the profiler of CUDA, which this machine does not have; use "
     "--use-pytorch-profiler as well",
@@ -113,7 +118,8 @@ ALONE = {
     "NullTokenizer has no vocabulary of its own; give --vocab-size",
     f"{TINY} --hidden-size 0": "--hidden-size 0: use 1 or more",
     f"{TINY} --hidden-size -64": "--hidden-size -64: use 1 or more",
-    f"--train-iters 4 {SIZES} --num-attention-heads 5 --lr 1": "--num-attention-heads 5 ",
+    f"--train-iters 4 {SIZES} --num-attention-heads 5 --lr 1": "--hidden-size 64 does not "
+    "divide into --num-attention-heads 5 of an even size; give the size of a head, --kv-channels",
     f"--train-iters 4 {SIZES} --hidden-size 68 --lr 1": "--hidden-size 68 does not divide into "
     "--num-attention-heads 4 of an even size; give the size of a head, --kv-channels",
 }
@@ -151,7 +157,15 @@ def test_what_looks_odd_and_works(ranks: RankPools, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data")
     words = "--train-iters 3 --hidden-size 63 --moe-ffn-hidden-size 33 --kv-channels 2"
     flags = training_flags(tmp_path / "data", *words.split(), "--attention-backend", "unfused")
-    assert ranks.run(run_trainer, flags, world_size=1) == [0]
+    assert ranks.run(run_alone, flags, world_size=1) == [0]
+
+
+def run_alone(rank: int, world_size: int, flags: Sequence[str]) -> int:
+    """Train, and leave no trace of the backend in this process, which runs other tests as well."""
+    code = run_trainer(rank, world_size, flags)
+    for kind in ("FLASH", "FUSED", "UNFUSED"):
+        os.environ.pop(f"NVTE_{kind}_ATTN", None)
+    return code
 
 
 def with_a_wandb(rank: int, world_size: int, flags: Sequence[str]) -> list[str]:
@@ -174,7 +188,7 @@ def with_a_wandb(rank: int, world_size: int, flags: Sequence[str]) -> list[str]:
 
 def test_a_run_that_reports_to_wandb(ranks: RankPools, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data")
-    words = f"--train-iters 3 --wandb-project a --wandb-exp-name b --wandb-save-dir {tmp_path}"
+    words = f"--train-iters 3 {WANDB} --wandb-save-dir {{tmp}}".replace("{tmp}", str(tmp_path))
     flags = training_flags(tmp_path / "data", *words.split())
     [calls] = ranks.run(with_a_wandb, flags, world_size=1)
     assert calls[0] == "init a b"

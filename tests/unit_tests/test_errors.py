@@ -86,7 +86,7 @@ def piped(command: str, code: str = "${PIPESTATUS[0]}") -> tuple[str, str]:
     done = subprocess.run(
         ["bash", "-c", f"{command}; echo {code}"],
         cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "RANK"},
+        env={name: os.environ[name] for name in os.environ.keys() - {"RANK", "PYTHONUNBUFFERED"}},
         capture_output=True,
         text=True,
         timeout=120,

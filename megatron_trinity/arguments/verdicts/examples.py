@@ -259,7 +259,7 @@ SAME_ANSWER = """
 --log-num-zeros-in-grad
 --no-barrier-with-level-1-timing
 --log-world-size-to-tensorboard ; and --tensorboard-dir {tmp}/log
---wandb-project ; shown by tests/distributed/test_bad_input.py
+--wandb-project ; shown by tests/distributed/test_command_lines.py
 --wandb-exp-name a
 --wandb-save-dir {tmp}/wandb
 --wandb-entity a

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,16 +16,14 @@ from megatron_trinity.errors import UsageError
 SMALLEST = {"use 1 or more": 1, "use 1 or more, or leave it out": 1, "use 0 or more": 0}
 """Of a row the smallest number that it takes; the other row takes what is above 0."""
 
+ROWS = [(flag, use) for use, (_, flags) in LEAST.items() for flag in flags.split()]
+
 
 @pytest.fixture(scope="module")
 def parser() -> argparse.ArgumentParser:
     from megatron.training.arguments import add_megatron_arguments
 
     return standard_parser(add_megatron_arguments(argparse.ArgumentParser()))
-
-
-def rows() -> Iterator[tuple[str, str]]:
-    return ((flag, use) for use, (_, flags) in LEAST.items() for flag in flags.split())
 
 
 def check(parser: argparse.ArgumentParser, flag: str, number: float) -> None:
@@ -37,7 +34,7 @@ def test_nothing_given_is_in_range(parser: argparse.ArgumentParser) -> None:
     refuse(parser.parse_args([]), LEAST_REFUSALS)
 
 
-@pytest.mark.parametrize(("flag", "use"), rows())
+@pytest.mark.parametrize(("flag", "use"), ROWS)
 def test_below_the_range_is_refused(parser: argparse.ArgumentParser, flag: str, use: str) -> None:
     smallest = SMALLEST.get(use)
     kind: Any = parser._option_string_actions[flag].type
@@ -51,7 +48,7 @@ def test_below_the_range_is_refused(parser: argparse.ArgumentParser, flag: str, 
             check(parser, flag, math.nan)
 
 
-@pytest.mark.parametrize(("flag", "use"), rows())
+@pytest.mark.parametrize(("flag", "use"), ROWS)
 def test_what_can_be_left_out_is_out_by_default(
     parser: argparse.ArgumentParser, flag: str, use: str
 ) -> None:

@@ -253,7 +253,15 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "alarm-window": [{"alarm_window": 16}, {"alarm_window": 30}],
     "wandb-name": [{"wandb_project": "a", "wandb_save_dir": "b"}],
     "wandb-directory": [{"wandb_project": "a", "wandb_exp_name": "b"}],
-    "wandb": [{"wandb_project": "a", "wandb_exp_name": "b", "wandb_save_dir": "c"}],
+    "wandb-log": [{"wandb_project": "a", "wandb_exp_name": "b", "wandb_save_dir": "c"}],
+    "wandb": [
+        {
+            "wandb_project": "a",
+            "wandb_exp_name": "b",
+            "wandb_save_dir": "c",
+            "tensorboard_dir": "log",
+        }
+    ],
     "profiler": [{"use_pytorch_profiler": True}],
     "profile-of-cuda": [{"profile": True}],
     "profile-directory": [{**PROFILE, "tensorboard_dir": None}],
