@@ -27,6 +27,7 @@ from megatron_trinity.training.optimizer import container_from_args, set_up_opti
 from megatron_trinity.training.profiles import check_profile
 from megatron_trinity.training.resume import check_checkpoint, start_of
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
+from megatron_trinity.training.weights_and_biases import telling_wandb
 from megatron_trinity.upstream.assertions import refusing
 from megatron_trinity.upstream.checkpoint_hooks import set_checkpoint_hooks
 from megatron_trinity.upstream.flops import set_flop_counter
@@ -45,7 +46,7 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
         print_rank_0(f"WARNING: {note}")
     check_data(args)
     check_tokenizer_path(args)
-    with refusing("the run cannot be set up"):
+    with telling_wandb(), refusing("the run cannot be set up"):
         set_global_variables(args)
     settle_vocabulary(args)
     check_manifests(args)

@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,12 +169,27 @@ def run_alone(rank: int, world_size: int, flags: Sequence[str]) -> int:
     return code
 
 
-def with_a_wandb(rank: int, world_size: int, flags: Sequence[str]) -> list[str]:
-    """Train with a module in the place of wandb; returns what it was told."""
+class NotLoggedIn(Exception):
+    """As W&B raises it."""
+
+
+NotLoggedIn.__module__ = "wandb.errors.errors"
+
+
+def with_a_wandb(
+    rank: int, world_size: int, flags: Sequence[str], logged_in: bool
+) -> tuple[list[str], str]:
+    """Train with a module in the place of wandb; returns what it was told, and the error."""
     calls: list[str] = []
+
+    def init(**given: Any) -> None:
+        calls.append(f"init {given['project']} {given['name']}")
+        if not logged_in:
+            raise NotLoggedIn("No API key configured.")
+
     module = types.ModuleType("wandb")
     module.__spec__ = importlib.util.spec_from_loader("wandb", loader=None)
-    module.init = lambda **given: calls.append(f"init {given['project']} {given['name']}")  # type: ignore[attr-defined]
+    module.init = init  # type: ignore[attr-defined]
     module.log = lambda values, step: calls.extend(f"{step} {name}" for name in values)  # type: ignore[attr-defined]
     module.finish = lambda: calls.append("finish")  # type: ignore[attr-defined]
     module.config = {}  # type: ignore[attr-defined]
@@ -181,16 +197,25 @@ def with_a_wandb(rank: int, world_size: int, flags: Sequence[str]) -> list[str]:
     sys.modules["wandb"] = module
     try:
         assert run_trainer(rank, world_size, flags) == 0
+    except TrinityError as error:
+        return calls, str(error)
     finally:
         del sys.modules["wandb"]
-    return calls
+    return calls, ""
 
 
 def test_a_run_that_reports_to_wandb(ranks: RankPools, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data")
     words = f"--train-iters 3 {WANDB} --wandb-save-dir {{tmp}}".replace("{tmp}", str(tmp_path))
     flags = training_flags(tmp_path / "data", *words.split())
-    [calls] = ranks.run(with_a_wandb, flags, world_size=1)
+    [(calls, error)] = ranks.run(with_a_wandb, flags, False, world_size=1)
+    assert calls == ["init a b"]
+    assert error == (
+        "W&B does not start: No API key configured; with WANDB_MODE=offline it writes files "
+        "alone, or leave out --wandb-project"
+    )
+    [(calls, error)] = ranks.run(with_a_wandb, flags, True, world_size=1)
+    assert error == ""
     assert calls[0] == "init a b"
     assert calls[-1] == "finish"
     assert {"1 lm loss", "2 lm loss", "3 lm loss"} <= set(calls)
