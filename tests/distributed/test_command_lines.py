@@ -154,6 +154,9 @@ def test_each_ends_in_its_line(ranks: RankPools, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
+BACKENDS = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+
+
 def test_what_looks_odd_and_works(ranks: RankPools, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data")
     words = "--train-iters 3 --hidden-size 63 --moe-ffn-hidden-size 33 --kv-channels 2"
@@ -162,11 +165,17 @@ def test_what_looks_odd_and_works(ranks: RankPools, tmp_path: Path) -> None:
 
 
 def run_alone(rank: int, world_size: int, flags: Sequence[str]) -> int:
-    """Train, and leave no trace of the backend in this process, which runs other tests as well."""
-    code = run_trainer(rank, world_size, flags)
-    for kind in ("FLASH", "FUSED", "UNFUSED"):
-        os.environ.pop(f"NVTE_{kind}_ATTN", None)
-    return code
+    """Train with another backend than the runs before and behind it in this process.
+
+    Megatron keeps the backend in the environment, and refuses another.
+    """
+    kept = {name: os.environ.pop(name) for name in BACKENDS if name in os.environ}
+    try:
+        return run_trainer(rank, world_size, flags)
+    finally:
+        for name in BACKENDS:
+            os.environ.pop(name, None)
+        os.environ.update(kept)
 
 
 class NotLoggedIn(Exception):
