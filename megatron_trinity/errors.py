@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 TRACEBACK = "MEGATRON_TRINITY_TRACEBACK"
 """Environment variable that, if set, shows the traceback behind an error; for developers."""
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable in which torchrun names a file; its report ends with what stands there."""
+
+NOBODY_READS = 141
+"""Exit code of a command whose output is read no longer, as of one that SIGPIPE has ended."""
 
 RANK_0_FIRST = 5.0
 """Seconds that a rank leaves to the one that has met the cause, for an error of all: rank 0."""
@@ -81,20 +85,51 @@ def _tell_launcher(line: str) -> None:
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a command's `main` and exit: 0 done, 1 failed, 2 usage, 3 bad step, 130 interrupted."""
+    """Run a command's `main` and exit: 0 done, 1 failed, 2 usage, 3 bad step, 130 interrupted.
+
+    Where nobody reads the output any more, as behind `| head`, the command ends with 141, and says
+    so only to the launcher that has started it as a rank.
+    """
+    code = _run(main)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left goes nowhere, in place of into one more error when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or NOBODY_READS
+    sys.exit(code)
+
+
+def _run(main: Callable[[], None]) -> int:
+    """The exit code that `main` ends with; an error that is the user's is reported."""
     try:
         main()
     except TrinityError as error:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         report_error(error)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception:
+        return 130
+    except SystemExit as done:
+        if isinstance(done.code, str):
+            raise
+        return done.code or 0
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
+            if "RANK" in os.environ:
+                report_error(TrinityError("nobody reads the output any more; use a file for it"))
+            return NOBODY_READS
         # Where another rank is gone this one fails as well, with a traceback that says nothing of
         # the cause. By then the launcher knows of the other, and ends this rank before it speaks.
         if os.environ.get("WORLD_SIZE", "1") != "1":
             time.sleep(RANK_0_FIRST)
         raise
-    sys.exit(0)
+    return 0
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Whether `stream` is a pipe whose other end is closed: other pipes of a process may break."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from megatron_trinity.arguments.cuda import CUDA_ONLY
 from megatron_trinity.arguments.model import REPLACED_REFUSALS
+from megatron_trinity.arguments.numbers import LEAST
 from megatron_trinity.arguments.refusal import Refusal, printed
 from megatron_trinity.arguments.refusals import REFUSALS
 from megatron_trinity.arguments.schedule import TOKEN_REFUSALS
@@ -37,6 +38,12 @@ test.
 {_rows(REFUSALS)}
 
 ## Before anything follows from what was given
+Numbers that are out of their range; a row of `numbers.py` has many flags.
+
+| flags | what to use |
+|---|---|
+{_ranges()}
+
 Megatron's flags whose place a Trinity flag takes, and lengths that do not go together.
 
 | name | what, and what to use instead |
@@ -54,6 +61,10 @@ Refused on a machine without it, all of them in one line.
 
 def _rows(table: Iterable[Refusal]) -> str:
     return "\n".join(f"| {row.name} | {row.printed()} |" for row in table)
+
+
+def _ranges() -> str:
+    return "\n".join(f"| {_listed(flags.split())} | {use} |" for use, (_, flags) in LEAST.items())
 
 
 def _needs_cuda() -> str:

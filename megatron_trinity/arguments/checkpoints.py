@@ -66,12 +66,32 @@ LEAST_SILENCE = 60
 FORMATS = ("torch_dist", "torch")
 """Of Megatron's formats those whose checkpoints are whole or nothing."""
 
+SAVE_INTERVALS = (
+    "save_interval",
+    "save_params_interval",
+    "save_wgrads_interval",
+    "save_tokens_per_expert_interval",
+)
+"""Arguments that say when something is saved to `--save`."""
+
 CHECKPOINT_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "checkpoint-format",
         lambda a: a.ckpt_format not in FORMATS,
         "{--ckpt-format=} makes checkpoints that nothing verifies; use torch_dist, which any "
         "layout loads, and {--use-distributed-optimizer} in place of FSDP",
+    ),
+    Refusal(
+        "save-interval",
+        lambda a: a.save and a.save_interval is None,
+        "{--save} does not say when; give {--save-interval} as well, the iterations from one "
+        "checkpoint to the next",
+    ),
+    Refusal(
+        "save",
+        lambda a: not a.save and any(getattr(a, interval) for interval in SAVE_INTERVALS),
+        "{--save-interval}, {--save-params-interval}, {--save-wgrads-interval} and "
+        "{--save-tokens-per-expert-interval} save nothing where it is not said; give {--save}",
     ),
     Refusal(
         "keep-numbers",

@@ -58,7 +58,7 @@ CUDA_ONLY: tuple[CudaOnly, ...] = (
         "attention_backend",
         "--attention-backend",
         _one_of("flash", "fused"),
-        "use auto, unfused or local",
+        "use auto or unfused",
     ),
     CudaOnly("use_flash_attn", "--use-flash-attn", bool, _LEAVE_OUT),
     CudaOnly("cuda_graph_impl", "--cuda-graph-impl", _is_not("none"), "use none"),

@@ -57,6 +57,11 @@ DATA_REFUSALS: tuple[Refusal, ...] = (
         "{--split} divides {--data-path}, which is not given; leave it out",
     ),
     Refusal(
+        "null-tokenizer",
+        lambda a: a.tokenizer_type == "NullTokenizer" and a.vocab_size is None,
+        "{--tokenizer-type} NullTokenizer has no vocabulary of its own; give {--vocab-size}",
+    ),
+    Refusal(
         "evaluation",
         lambda a: a.eval_interval < 1 or a.eval_iters < 0,
         "{--eval-interval} has to be 1 or more and {--eval-iters} 0 or more; use {--eval-iters} 0 "

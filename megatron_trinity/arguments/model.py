@@ -91,25 +91,39 @@ def _replaced(dest: str, instead: str) -> Refusal:
 
 REPLACED_REFUSALS = tuple(_replaced(dest, instead) for dest, instead in REPLACED.items())
 
-MODEL_SIZES = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "num_experts",
+SIZES = (
+    "--num-layers --hidden-size --num-attention-heads --num-experts --moe-ffn-hidden-size "
+    "--sliding-window --seq-length --max-position-embeddings --micro-batch-size"
 )
+"""Flags without which there is no model, or no step of it; what else it has follows from them."""
+
+
+def _lacks_sizes(args: Namespace) -> bool:
+    dests = (flag.removeprefix("--").replace("-", "_") for flag in SIZES.split())
+    return any(getattr(args, dest) is None for dest in dests)
+
 
 MODEL_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "no-model",
-        lambda a: any(getattr(a, name) is None for name in MODEL_SIZES),
-        "no model is given; use {--preset}, or {--num-layers}, {--hidden-size}, "
-        "{--num-attention-heads}, {--num-experts} and so on",
+        _lacks_sizes,
+        f"no whole model is given; use {{--preset}}, or give also {{missing: {SIZES}}}",
     ),
     Refusal(
-        "no-window",
-        lambda a: a.sliding_window is None,
-        "{--sliding-window} is not given; local layers need it",
+        "head-size",
+        lambda a: a.kv_channels is None and a.hidden_size % (2 * a.num_attention_heads) != 0,
+        "{--hidden-size=} does not divide into {--num-attention-heads=} of an even size; give the "
+        "size of a head, {--kv-channels}",
+    ),
+    Refusal(
+        "head-size-odd",
+        lambda a: a.kv_channels is not None and a.kv_channels % 2 != 0,
+        "{--kv-channels=}: RoPE turns pairs of channels; use an even number",
+    ),
+    Refusal(
+        "attention-backend",
+        lambda a: str(getattr(a.attention_backend, "name", a.attention_backend)) == "local",
+        "{--attention-backend} local needs layers of Megatron's own; use auto or unfused",
     ),
     Refusal(
         "window-too-small",

@@ -57,9 +57,9 @@ OPTIMIZER_REFUSALS: tuple[Refusal, ...] = (
         "optimizer's state",
     ),
     Refusal(
-        "adam-eps",
-        lambda a: a.adam_eps <= 0,
-        "{--adam-eps=}: a weight that has had no gradient yet would become NaN; use 1e-8 or so",
+        "adam-betas",
+        lambda a: not (0 <= a.adam_beta1 < 1 and 0 <= a.adam_beta2 < 1),
+        "{--adam-beta1=}, {--adam-beta2=}: use 0 or more, and less than 1",
     ),
     Refusal(
         "optimizer-instances",

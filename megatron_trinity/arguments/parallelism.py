@@ -55,11 +55,6 @@ PARALLELISM_REFUSALS: tuple[Refusal, ...] = (
         "use 1 or more",
     ),
     Refusal(
-        "micro-batch",
-        lambda a: a.micro_batch_size is None or a.micro_batch_size < 1,
-        "{--micro-batch-size=}: use 1 or more",
-    ),
-    Refusal(
         "model-ranks",
         lambda a: a.world_size % _model_ranks(a) != 0,
         "{world_size|the} ranks cannot be split into {--tensor-model-parallel-size=} x "
@@ -111,6 +106,15 @@ PARALLELISM_REFUSALS: tuple[Refusal, ...] = (
         "{--tensor-model-parallel-size} if it is not given; use a divisor",
     ),
     Refusal(
+        "dense-size",
+        lambda a: (
+            a.ffn_hidden_size is not None
+            and a.ffn_hidden_size % (2 * a.tensor_model_parallel_size) != 0
+        ),
+        "{--ffn-hidden-size=}: Megatron's warm-up halves the part of each of "
+        "{--tensor-model-parallel-size=} ranks; use a multiple of twice that",
+    ),
+    Refusal(
         "context-parallel-kind",
         lambda a: a.context_parallel_size > 1 and not set(a.cp_comm_type) <= set(CP_COMM_TYPES),
         "{--cp-comm-type}: ring attention (p2p) knows no window, and local layers have one; use "
@@ -143,6 +147,12 @@ PARALLELISM_REFUSALS: tuple[Refusal, ...] = (
         lambda a: a.hybrid_context_parallel or a.hierarchical_context_parallel_sizes,
         "{--hybrid-context-parallel} and {--hierarchical-context-parallel-sizes} split sequences "
         "in ways that Trinity's attention does not know; use {--context-parallel-size} alone",
+    ),
+    Refusal(
+        "recompute-layers",
+        lambda a: a.recompute_granularity == "full" and a.recompute_num_layers is None,
+        "{--recompute-granularity} full needs to know of how many layers; give "
+        "{--recompute-num-layers}",
     ),
     Refusal(
         "batch-over-ranks",

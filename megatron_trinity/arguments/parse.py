@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import Enum
 from functools import partial
 from typing import Any, NoReturn
 
@@ -20,8 +21,10 @@ from megatron_trinity.arguments.cuda import CUDA_ONLY, refuse_cuda_only_argument
 from megatron_trinity.arguments.loss import add_loss_arguments
 from megatron_trinity.arguments.model import add_model_arguments, derive_model
 from megatron_trinity.arguments.monitoring import add_monitoring_arguments
+from megatron_trinity.arguments.numbers import LEAST_REFUSALS
 from megatron_trinity.arguments.optimizer import add_optimizer_arguments
-from megatron_trinity.arguments.presets import add_preset_argument, apply_preset
+from megatron_trinity.arguments.presets import add_preset_argument, apply_preset, explain_negation
+from megatron_trinity.arguments.refusal import refuse
 from megatron_trinity.arguments.refusals import validate
 from megatron_trinity.arguments.router import add_router_arguments
 from megatron_trinity.arguments.schedule import add_schedule_arguments, derive_schedule
@@ -110,6 +113,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     finally:
         sys.argv = saved
     given = off_standard(args, standard)
+    refuse(args, LEAST_REFUSALS)
     derive_model(args)
     derive_schedule(args)
     if not torch.cuda.is_available():
@@ -126,6 +130,7 @@ def standard_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for add in SUBJECTS:
         add(parser)
     _mend_help(parser)
+    _mend_choices(parser)
     _check_destinations(parser)
     parser.set_defaults(**TRINITY_DEFAULTS)
     if not torch.cuda.is_available():
@@ -144,7 +149,7 @@ def _complete_parser(
     parser.description = "Train a Trinity model with Megatron-Core."
     parser.epilog = EXAMPLE
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = _usage_error  # type: ignore[method-assign]
+    parser.error = lambda message: _usage_error(explain_negation(parser, message))  # type: ignore[method-assign]
     preset = _chosen_preset()
     if preset is not None:
         apply_preset(parser, preset, trinity_flags)
@@ -156,6 +161,22 @@ def _mend_help(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if action.help:
             action.help = re.sub(r"%%|%(?!\()", "%%", action.help)
+
+
+def _mend_choices(parser: argparse.ArgumentParser) -> None:
+    # Megatron looks a name up in an enumeration, and argparse knows nothing of a KeyError.
+    for action in parser._actions:
+        choices = list(action.choices or ())
+        if choices and isinstance(choices[0], Enum) and callable(action.type):
+            action.type = partial(_chosen, action.type, [choice.name for choice in choices])
+
+
+def _chosen(look_up: Callable[[str], Any], names: Sequence[str], text: str) -> Any:
+    try:
+        return look_up(text)
+    except KeyError as error:
+        wrong = f"{text!r} is none of {', '.join(names)}"
+        raise argparse.ArgumentTypeError(wrong) from error
 
 
 def _usage_error(message: str) -> NoReturn:

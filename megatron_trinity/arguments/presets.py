@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_trinity.errors import UsageError
+from megatron_trinity.model.architecture import FIXED
 
 BLOCKS = ("megatron", "trinity")
 _FILES = resources.files("megatron_trinity") / "presets"
@@ -91,6 +92,8 @@ def _default(action: argparse.Action, option: str, value: Any, where: str) -> An
         return value
     if action.nargs == 0:
         if value is not True:
+            if _is_on(action):
+                raise UsageError(f"{where} {_cannot_be_off(action)}")
             raise UsageError(f"{where} is a switch; give true or leave it out")
         return action.const
     takes_list = action.nargs in ("*", "+")
@@ -105,6 +108,27 @@ def _default(action: argparse.Action, option: str, value: Any, where: str) -> An
     if action.choices is not None and typed not in action.choices:
         raise UsageError(f"{where} cannot be {value!r}; choose from {list(action.choices)}")
     return [typed] if takes_list else typed
+
+
+def _is_on(action: argparse.Action) -> bool:
+    """Whether `action` is a switch that is on without being given."""
+    return action.nargs == 0 and action.const is not None and action.default == action.const
+
+
+def _cannot_be_off(action: argparse.Action) -> str:
+    why = "every Trinity model has it" if action.dest in FIXED else "it is on already"
+    return f"cannot be turned off: {why}; leave it out"
+
+
+def explain_negation(parser: argparse.ArgumentParser, message: str) -> str:
+    """The message of `parser`, or a better one for a `--no-FLAG` of a switch that stays on."""
+    words = message.removeprefix("unrecognized arguments: ").split()
+    for word in words:
+        option = word.replace("--no-", "--", 1)
+        action = parser._option_string_actions.get(option)
+        if option != word and action is not None and _is_on(action):
+            return f"{word}: {option} {_cannot_be_off(action)}"
+    return message
 
 
 def _typed(action: argparse.Action, value: Any) -> Any:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from megatron_trinity.errors import UsageError
 
 _PART = re.compile(
-    r"\{(?:(?P<flag>--[a-z0-9][a-z0-9-]*)(?P<valued>=?)|(?P<dest>\w+)\|(?P<words>[^{}]+))\}"
+    r"\{(?:(?P<flag>--[a-z0-9][a-z0-9-]*)(?P<valued>=?)|(?P<dest>\w+)\|(?P<words>[^{}]+)"
+    r"|missing: (?P<missing>[^{}]+))\}"
 )
 
 
@@ -22,8 +23,9 @@ class Refusal:
         name: short and stable, for tests and docs.
         applies: whether parsed arguments ask for it.
         message: what is wrong, and what to use instead. `{--flag}` stands for a flag, `{--flag=}`
-            for a flag and the value that it has, and `{dest|words}` for the value of an argument,
-            in the guide for words.
+            for a flag and the value that it has, `{dest|words}` for the value of an argument, in
+            the guide for words, and `{missing: flags}` for those of the flags that have no value,
+            in the guide for all of them.
     """
 
     name: str
@@ -57,14 +59,26 @@ def told(message: str, args: Namespace) -> str:
     def value(part: re.Match[str]) -> str:
         if part["dest"]:
             return str(getattr(args, part["dest"]))
+        if part["missing"]:
+            flags = part["missing"].split()
+            return ", ".join(flag for flag in flags if _value(args, flag) is None)
         flag = part["flag"]
-        if not part["valued"]:
-            return flag
-        return f"{flag} {getattr(args, flag.removeprefix('--').replace('-', '_'))}"
+        return f"{flag} {_value(args, flag)}" if part["valued"] else flag
 
     return _PART.sub(value, message)
 
 
 def printed(message: str) -> str:
     """The same in Markdown, for whatever values."""
-    return _PART.sub(lambda part: part["words"] or f"`{part['flag']}`", message)
+
+    def shown(part: re.Match[str]) -> str:
+        if part["words"]:
+            return part["words"]
+        flags = (part["missing"] or part["flag"]).split()
+        return ", ".join(f"`{flag}`" for flag in flags)
+
+    return _PART.sub(shown, message)
+
+
+def _value(args: Namespace, flag: str) -> object:
+    return getattr(args, flag.removeprefix("--").replace("-", "_"))

@@ -27,8 +27,11 @@ from megatron_trinity.training.held_save import held_save
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
-from megatron_trinity.training.resume import check_checkpoint
+from megatron_trinity.training.profiles import check_profile
+from megatron_trinity.training.resume import check_checkpoint, start_of
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
+from megatron_trinity.training.weights_and_biases import telling_wandb
+from megatron_trinity.upstream.assertions import refusing
 from megatron_trinity.upstream.checkpoint_hooks import set_checkpoint_hooks
 from megatron_trinity.upstream.flops import set_flop_counter
 from megatron_trinity.upstream.training_hooks import set_training_hooks
@@ -46,17 +49,20 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
         print_rank_0(f"WARNING: {note}")
     check_data(args)
     check_tokenizer_path(args)
-    set_global_variables(args)
+    with telling_wandb(), refusing("the run cannot be set up"):
+        set_global_variables(args)
     settle_vocabulary(args)
     check_manifests(args)
     with held_save(args) as held, finished_saves():
         checked = check_checkpoint(args)
+        check_profile(args, start_of(args, checked))
         record, flops = MicroBatchRecord(), StepFlops(args)
         set_flop_counter(flops)
         set_training_hooks(StepObserver(args, record, flops, held))
         set_checkpoint_hooks(WholeCheckpoints(args, checked, held))
         set_up_optimizer(args)
-        model_config = model_config_from_args(args)
+        with refusing("the model cannot be configured"):
+            model_config = model_config_from_args(args)
         model_config.pre_wrap_hooks.append(partial(announce_balance, args))
         megatron_pretrain(
             container_from_args(args, model_config),

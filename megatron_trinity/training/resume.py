@@ -151,6 +151,11 @@ def unusable(args: Namespace, path: Path) -> str | None:
     return None
 
 
+def start_of(args: Namespace, chosen: Path | None) -> int:
+    """The iteration that a run begins at, with the checkpoint that it has chosen."""
+    return 0 if chosen is None or _starts_anew(args, chosen) else number_of(chosen)
+
+
 def _starts_anew(args: Namespace, path: Path) -> bool:
     """Whether the run takes weights alone from what it loads, and begins at iteration 0."""
     return bool(args.finetune or args.load is None or Path(args.load) != path.parent)
@@ -246,8 +251,8 @@ def check_writable(save: Path) -> None:
 
 def _check_nothing_newer(args: Namespace, chosen: Path | None) -> None:
     """Refuse to write older iterations beside newer ones of another run."""
+    start = start_of(args, chosen)
     goes_on = chosen is not None and not _starts_anew(args, chosen)
-    start = number_of(chosen) if chosen is not None and goes_on else 0
     if goes_on and args.ckpt_step is None and goes_on_in_save(args):
         return  # whatever is newer there was skipped
     newest = next(filter(has_manifest, iterations(Path(args.save))), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,65 @@ def test_run_command_never_returns(capsys: pytest.CaptureFixture[str]) -> None:
         run_command(lambda: None)
     assert done.value.code == 0
     assert capsys.readouterr() == ("", "")
+
+
+def piped(command: str, code: str = "${PIPESTATUS[0]}") -> tuple[str, str]:
+    """What a command line prints, with its exit code in the end, and its errors."""
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; echo {code}"],
+        cwd=ROOT,
+        env={name: os.environ[name] for name in os.environ.keys() - {"RANK", "PYTHONUNBUFFERED"}},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout, done.stderr
+
+
+SOURCE = "from megatron_trinity.errors import *\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "stderr"),
+    [
+        ("[print('x' * 99) for _ in range(99999)]", 141, ""),
+        ("import time; time.sleep(0.5); print('little')", 141, ""),
+        (
+            "import time; time.sleep(0.5); print('x'); raise TrinityError('not whole')",
+            1,
+            "error: not whole\n",
+        ),
+        ("raise SystemExit(0)", 0, ""),
+    ],
+    ids=["much", "little", "an error", "nothing"],
+)
+def test_nobody_reads(body: str, code: int, stderr: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(f"{SOURCE}def main():\n    {body}\nrun_command(main)\n")
+    command = f"PYTHONPATH={ROOT} {sys.executable} {program} | true"
+    assert piped(command) == (f"{code}\n", stderr)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
+def test_the_help_of_each_tool_is_read_in_part(script: str) -> None:
+    out, err = piped(f"{sys.executable} tools/{script} --help | true")
+    assert (out in ("0\n", "141\n"), err) == (True, "")
+
+
+def test_another_pipe_that_breaks_is_a_fault() -> None:
+    done = run("raise BrokenPipeError('of a worker')")
+    assert done.returncode == 1
+    assert done.stderr.endswith("BrokenPipeError: of a worker\n")
+
+
+def test_a_rank_whose_output_nobody_reads_says_so(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    body = "[print('x' * 99) for _ in range(99999)]"
+    program.write_text(f"{SOURCE}def main():\n    {body}\nrun_command(main)\n")
+    out, err = piped(f"RANK=0 PYTHONPATH={ROOT} {sys.executable} {program} | true")
+    line = "error: nobody reads the output any more; use a file for it\n"
+    assert (out, err) == ("141\n", line)
 
 
 def test_usage_errors_are_trinity_errors() -> None:

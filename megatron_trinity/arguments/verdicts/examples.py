@@ -10,6 +10,8 @@ from __future__ import annotations
 
 ALIASES = {
     "GATHER": "--overlap-param-gather --overlap-grad-reduce --use-distributed-optimizer",
+    "PROFILE": "--profile --use-pytorch-profiler --tensorboard-dir {tmp}/log"
+    " --profile-step-start 1 --profile-step-end 3",
     "PIPELINE": "--pipeline-model-parallel-size 2",
     "RAMP": "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.9",
     "SAVE": "--save {tmp}/run --save-interval 4",
@@ -116,13 +118,14 @@ SAME_ANSWER = """
 --use-rotary-position-embeddings
 --swiglu
 --untie-embeddings-and-output-weights
---profile-step-start 1
---profile-step-end 2
---use-pytorch-profiler
---pytorch-profiler-collect-shapes
---pytorch-profiler-collect-callstack
---pytorch-profiler-collect-chakra
---profile-ranks 0
+--profile ; shown by tests/distributed/test_profiles.py
+--profile-step-start 2 ; and PROFILE
+--profile-step-end 2 ; and PROFILE
+--use-pytorch-profiler ; and PROFILE
+--pytorch-profiler-collect-shapes ; and PROFILE
+--pytorch-profiler-collect-callstack ; and PROFILE
+--pytorch-profiler-collect-chakra ; and PROFILE
+--profile-ranks 0 ; and PROFILE
 --record-shapes
 --micro-batch-size 1
 --decrease-batch-size-if-needed
@@ -256,7 +259,7 @@ SAME_ANSWER = """
 --log-num-zeros-in-grad
 --no-barrier-with-level-1-timing
 --log-world-size-to-tensorboard ; and --tensorboard-dir {tmp}/log
---wandb-project ; shown by tests/distributed/test_bad_input.py
+--wandb-project ; shown by tests/distributed/test_command_lines.py
 --wandb-exp-name a
 --wandb-save-dir {tmp}/wandb
 --wandb-entity a

@@ -53,7 +53,7 @@ NEEDS_CUDA: dict[str, str] = {
         --no-flight-recorder-dump-on-timeout --flight-recorder-include-stack-trace
         --no-flight-recorder-include-only-active --no-flight-recorder-extra-dump-on-exec""",
     "profiling and health of the device": """
-        --profile --nvtx-ranges --record-memory-history --memory-snapshot-path
+        --nvtx-ranges --record-memory-history --memory-snapshot-path
         --gpu-sniff-test-interval --log-energy --log-device-memory-used --log-straggler
         --straggler-ctrlr-port --straggler-minmax-count --disable-straggler-on-startup
         --moe-routing-trace-path --moe-routing-trace-max-training-iters

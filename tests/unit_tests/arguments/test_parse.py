@@ -185,6 +185,7 @@ def test_megatrons_flags_that_follow_from_trinitys(
         ((*TINY, "--micro-batch-size", "0"), "--micro-batch-size"),
         ((*TINY, "--global-batch-size", "12"), "--global-batch-size 12"),
         ((*TINY, "--bf16", "--fp16"), "bf16"),
+        ((*TINY, "--no-bf16"), "unrecognized arguments: --no-bf16"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_trinity.arguments.cuda import CUDA_ONLY
 from megatron_trinity.arguments.model import REPLACED_REFUSALS
+from megatron_trinity.arguments.numbers import LEAST_REFUSALS
 from megatron_trinity.arguments.parse import SUBJECTS
 from megatron_trinity.arguments.refusal import Refusal, printed, refuse
 from megatron_trinity.arguments.refusals import REFUSALS
@@ -18,6 +19,7 @@ from megatron_trinity.errors import UsageError
 
 MESSAGES = {
     **{row.name: row.message for row in (*REFUSALS, *REPLACED_REFUSALS, *TOKEN_REFUSALS)},
+    **{row.name: row.message for row in LEAST_REFUSALS},
     **{rule.flag: f"{{{rule.flag}}}: {rule.instead}" for rule in CUDA_ONLY},
 }
 MARKED = re.compile(r"`(--[^`]*)`")
@@ -44,7 +46,7 @@ def test_a_row_prints_right(name: str, options: set[str]) -> None:
 
 
 def test_no_two_rows_have_a_name() -> None:
-    rows = (*REFUSALS, *REPLACED_REFUSALS, *TOKEN_REFUSALS)
+    rows = (*REFUSALS, *REPLACED_REFUSALS, *TOKEN_REFUSALS, *LEAST_REFUSALS)
     assert len({row.name for row in rows}) == len(rows)
 
 
@@ -64,3 +66,10 @@ def test_told_with_values_and_printed_without() -> None:
 
 def test_a_message_starts_with_a_capital() -> None:
     assert Refusal("example", lambda a: True, "{n|the} ranks").printed() == "The ranks"
+
+
+def test_what_is_missing_is_told_and_all_is_printed() -> None:
+    row = Refusal("example", lambda a: True, "give {missing: --fp8 --fp4-format --seed}")
+    args = Namespace(fp8=None, fp4_format="e2m1", seed=None)
+    assert row.told(args) == "give --fp8, --seed"
+    assert row.printed() == "Give `--fp8`, `--fp4-format`, `--seed`"

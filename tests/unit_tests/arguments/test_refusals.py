@@ -19,6 +19,13 @@ TP_2: dict[str, Any] = {
     "sequence_parallel": True,
 }
 CP_2: dict[str, Any] = {"world_size": 2, "context_parallel_size": 2}
+PROFILE: dict[str, Any] = {
+    "profile": True,
+    "use_pytorch_profiler": True,
+    "tensorboard_dir": "log",
+    "profile_step_start": 1,
+    "profile_step_end": 3,
+}
 
 # Row -> what of the tiny preset's arguments differs, one or more ways. Rows that are tested for the
 # boundary have one case on its wrong side each; ACCEPTED has the right side.
@@ -28,15 +35,28 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"hidden_size": None},
         {"num_attention_heads": None},
         {"num_experts": None},
+        {"moe_ffn_hidden_size": None},
+        {"sliding_window": None},
+        {"seq_length": None},
+        {"max_position_embeddings": None},
+        {"micro_batch_size": None},
     ],
+    "head-size": [
+        {"kv_channels": None, "hidden_size": 190},
+        {"kv_channels": None, "hidden_size": 198},
+    ],
+    "head-size-odd": [{"kv_channels": 7}, {"kv_channels": 1}],
+    "dense-size": [
+        {"ffn_hidden_size": 511},
+        {**TP_2, "ffn_hidden_size": 510},
+    ],
+    "attention-backend": [{"attention_backend": "local"}],
     "parallel-sizes": [
         {"tensor_model_parallel_size": 0},
         {"pipeline_model_parallel_size": -1},
         {"expert_model_parallel_size": 0},
         {"expert_tensor_parallel_size": 0},
     ],
-    "micro-batch": [{"micro_batch_size": None}, {"micro_batch_size": 0}],
-    "no-window": [{"sliding_window": None}],
     "window-too-small": [{"sliding_window": 0}, {"sliding_window": -1}],
     "global-every": [{"global_attn_every_n_layers": 0}],
     "dense-layers": [{"num_dense_layers": 4}, {"num_dense_layers": -1}],
@@ -84,6 +104,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"hybrid_context_parallel": True},
         {**CP_2, "hierarchical_context_parallel_sizes": [2]},
     ],
+    "recompute-layers": [{"recompute_granularity": "full", "recompute_method": "uniform"}],
     "batch-over-ranks": [
         {"global_batch_size": 12},
         {"world_size": 3, "global_batch_size": 32},
@@ -124,6 +145,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "batch-ramp": [{"step_batch_size_schedule": "0:32 1M:36"}],
     "optimizer": [{"optimizer": name} for name in ("dist_muon", "adaptive_muon", "sgd", "lion")],
+    "adam-betas": [
+        {"adam_beta1": 1.0},
+        {"adam_beta1": -0.1},
+        {"adam_beta2": 1.0},
+        {"adam_beta2": float("nan")},
+    ],
     "optimizer-instances": [{"world_size": 4, "num_distributed_optimizer_instances": 2}],
     "muon-rates": [{"adamw_lr": None}, {"decoupled_lr": 1e-3}],
     "muon-rate-order": [
@@ -160,9 +187,16 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "muon-checkpoint": [{"load_main_params_from_ckpt": True}],
     "muon-rank-files": [{"ckpt_format": "torch", "use_distributed_optimizer": True}],
     "checkpoint-format": [{"ckpt_format": "torch_dcp"}, {"ckpt_format": "fsdp_dtensor"}],
+    "save-interval": [{"save": "run"}],
+    "save": [
+        {"save_interval": 2},
+        {"save_params_interval": 2},
+        {"save_wgrads_interval": 2},
+        {"save_tokens_per_expert_interval": 2},
+    ],
     "keep-numbers": [{"keep_last_checkpoints": 0}, {"keep_every_iterations": -1}],
     "save-silence": [{"save_silence": 59.0}, {"save_silence": float("nan")}],
-    "keep-every": [{"keep_every_iterations": 5, "save_interval": 10}],
+    "keep-every": [{"save": "run", "keep_every_iterations": 5, "save_interval": 10}],
     "retain-interval": [{"save_retain_interval": 10}],
     "non-persistent": [{"non_persistent_ckpt_type": "global"}, {"non_persistent_save_interval": 1}],
     "convert-format": [{"ckpt_convert_format": "torch"}],
@@ -186,6 +220,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"data_path": ["a"], "split": text} for text in ("0,0,0", "a", "98,-2,4", "1,2,3,4", "")
     ],
     "split-of-splits": [{"train_data_path": ["a"], "split": "98,2,0"}, {"split": "98,2,0"}],
+    "null-tokenizer": [{"tokenizer_type": "NullTokenizer", "vocab_size": None}],
     "evaluation": [{"eval_interval": 0}, {"eval_interval": -1}, {"eval_iters": -1}],
     "full-validation": [{"full_validation": True}],
     "document-mask": [{"reset_attention_mask": True}],
@@ -218,7 +253,27 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "alarm-window": [{"alarm_window": 16}, {"alarm_window": 30}],
     "skip-nonfinite-steps": [{"skip_nonfinite_steps": -1}],
-    "adam-eps": [{"adam_eps": 0.0}, {"adam_eps": -1e-8}],
+    "wandb-name": [{"wandb_project": "a", "wandb_save_dir": "b"}],
+    "wandb-directory": [{"wandb_project": "a", "wandb_exp_name": "b"}],
+    "wandb-log": [{"wandb_project": "a", "wandb_exp_name": "b", "wandb_save_dir": "c"}],
+    "wandb": [
+        {
+            "wandb_project": "a",
+            "wandb_exp_name": "b",
+            "wandb_save_dir": "c",
+            "tensorboard_dir": "log",
+        }
+    ],
+    "profiler": [{"use_pytorch_profiler": True}],
+    "profile-of-cuda": [{"profile": True}],
+    "profile-directory": [{**PROFILE, "tensorboard_dir": None}],
+    "profile-steps": [
+        {**PROFILE, "profile_step_start": 3},
+        {**PROFILE, "profile_step_start": -1},
+        {**PROFILE, "profile_step_end": 11},
+    ],
+    "profile-ranks": [{**PROFILE, "profile_ranks": [0, 1]}, {**PROFILE, "profile_ranks": [-1]}],
+    "log-memory": [{"log_memory_interval": 15}],
     "router-extras": [
         {"moe_expert_capacity_factor": 1.0},
         {"moe_z_loss_coeff": 1e-3},
@@ -264,6 +319,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "sequence_parallel": True,
         "tensor_model_parallel_size": 6,
         "expert_tensor_parallel_size": 1,
+        "ffn_hidden_size": 516,
         "seq_length": 252,
         "global_batch_size": None,
     },
@@ -287,6 +343,23 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     },
     "a warm-up of all but a step": {"lr_warmup_iters": 9},
     "no decay": {"lr_wsd_decay_iters": 0},
+    "heads of a size that follows": {"kv_channels": None, "num_attention_heads": 4},
+    "a hidden size that is odd": {"hidden_size": 191},
+    "a dense size of even halves": {**TP_2, "ffn_hidden_size": 508},
+    "a profile to the last step": {**PROFILE, "profile_step_end": 10, "profile_ranks": [0]},
+    "a profile of a run in samples": {
+        **PROFILE,
+        "train_iters": None,
+        "train_samples": 9,
+        "lr_decay_samples": 9,
+        "lr_wsd_decay_iters": None,
+    },
+    "memory at every second log line": {"log_memory_interval": 20},
+    "recompute of layers": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
     "no evaluation": {"eval_iters": 0},
     "data with shares": {"data_path": ["a"], "split": " 969, 30.5, .5"},
     "training alone": {"data_path": ["a"], "split": "1"},
