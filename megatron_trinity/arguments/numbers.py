@@ -40,8 +40,8 @@ LEAST: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "use more than 0": (
         lambda number: number > 0,
-        """--adam-eps --rotary-base --init-method-std --loss-scale --initial-loss-scale --min-loss-scale
-        --loss-scale-window""",
+        """--adam-eps --rotary-base --init-method-std --loss-scale --initial-loss-scale
+        --min-loss-scale --loss-scale-window""",
     ),
 }
 """What to use, to whether a number is that, and the flags; one that is not given is none."""
