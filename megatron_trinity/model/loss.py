@@ -1,23 +1,24 @@
 """LM head, cross entropy and what z-loss needs, without the logits of a whole micro-batch.
 
-The vocabulary is split over tensor-parallel ranks. Logits are computed, used and forgotten in pieces
-of at most as many as a chunk of tokens has, forward and backward. What is kept for the backward pass
-is two numbers a token, with which it computes the same logits again:
+The vocabulary is split over tensor-parallel ranks. Logits are computed, used and forgotten in
+pieces, none of them larger than the logits of a chunk of tokens, forward and backward. What is kept
+for the backward pass is two numbers a token, with which it computes the same logits again:
 
-- Forward, a chunk of tokens and all of the rank's vocabulary at a time, so that each token's sums are
-  those of undivided logits. The ranks' sums are put together once, behind the last chunk: two
+- Forward, a chunk of tokens and all of the rank's vocabulary at a time, so that each token's sums
+  are those of undivided logits. The ranks' sums are put together once, behind the last chunk: two
   collectives, however many chunks there are.
 - Backward, all tokens and a block of the vocabulary at a time. A block's rows of the weight's
-  gradient are then a single product, rounded once and written or accumulated where Megatron wants
-  them; by chunks of tokens, each chunk would add to the whole matrix, in fp32 for the precision of
+  gradient are then a single product, rounded once, and written or accumulated where Megatron wants
+  them. By chunks of tokens, each chunk would add to the whole matrix, in fp32 for the precision of
   one product: 4 bytes a weight more. What is added up over blocks is the gradient of the hidden
-  states, which is small.
+  states, in fp32, which is small.
 
 To compute logits again costs a third more in the head (a product of the forward pass to the three
 of both). Gradients in the forward pass would not: but the factors of a token's cross entropy and
 logsumexp (its mask, z-loss's coefficient and 2 logsumexp) are known behind it alone, and the
-gradient of the weight, a sum over tokens, would have to be kept in the meantime. With one chunk,
-all logits fit into what a chunk may hold: they are kept, and nothing is computed twice.
+gradient of the weight, a sum over tokens, would be kept in the meantime, as large as the weight.
+With one chunk, all logits fit into what a chunk may hold: they are kept, and nothing is computed
+twice.
 
 Shapes: n tokens, s sequence length, b micro-batch, h hidden size, v vocabulary (padded), tp
 tensor-parallel ranks.
@@ -174,7 +175,7 @@ class _TokenLosses(torch.autograd.Function):
         of_cross_entropy, of_log_sum_exp = gradients[: Row.LARGEST_LOGIT]
         hidden, weight, local, shift, ratio, kept = ctx.saved_tensors
         factors = (of_cross_entropy + of_log_sum_exp) * ratio
-        of_hidden = torch.zeros_like(hidden, dtype=ratio.dtype)
+        of_hidden = None
         of_weight = WeightGradient(weight, ctx.into_main_grad) if ctx.needs_input_grad[1] else None
         for rows in blocks(ctx.width, ctx.chunks):
             some = weight[rows]
@@ -182,12 +183,13 @@ class _TokenLosses(torch.autograd.Function):
             of_logits = _of_logits(x, local - rows.start, factors, of_cross_entropy)
             of_logits = of_logits.to(hidden.dtype)
             del x  # no more of them than a chunk has
-            of_hidden += of_logits @ some
+            part = of_logits @ some
+            of_hidden = part if of_hidden is None else of_hidden.to(ratio.dtype).add_(part)
             if of_weight is not None:
                 of_weight.add(rows, of_logits, hidden)
             del of_logits
         return (
-            of_hidden.to(hidden.dtype),
+            torch.zeros_like(hidden) if of_hidden is None else of_hidden.to(hidden.dtype),
             None if of_weight is None else of_weight.result(),
             *[None] * 5,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
 from megatron_trinity.model.head import LMHead
@@ -27,7 +28,8 @@ class TrinityModel(GPTModel):
         super().__init__(config, *args, **kwargs)
         self.true_vocab_size = self.vocab_size if true_vocab_size is None else true_vocab_size
         if self.post_process:
-            self.output_layer = LMHead.of(self.output_layer)
+            linear: ColumnParallelLinear = self.output_layer
+            self.output_layer: LMHead = LMHead.of(linear)
         if self.pre_process and config.mup_enabled:
             # Megatron's `use_mup` would scale this too, but also the softmax, the init and the LR.
             self.embedding.word_embeddings.register_forward_hook(self._scale_embedding)
@@ -52,7 +54,8 @@ class TrinityModel(GPTModel):
             labels: `[b, s]` int64.
         Returns: of the last stage, with labels, what a loss can be made of for each token:
             `[4, b, s]` fp32, rows as in `megatron_trinity.model.loss.Row`. Without labels logits
-            `[b, s, v/tp]`, this rank's part of the (padded) vocabulary. Of other stages `[s, b, h]`.
+            `[b, s, v/tp]`, this rank's part of the (padded) vocabulary. Of other stages hidden
+            states `[s, b, h]`.
         """
         if labels is not None:
             kwargs["output_processor"] = self._losses

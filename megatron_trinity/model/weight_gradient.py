@@ -17,11 +17,11 @@ class WeightGradient:
 
     def __init__(self, weight: Tensor, into_main_grad: bool) -> None:
         self._weight = weight
-        # Rows that no block covers, those that pad a vocabulary, have gradients of zeros.
-        self._own = None if into_main_grad else torch.zeros_like(weight)
+        self._own = None if into_main_grad else torch.empty_like(weight)
+        self._covered = 0
 
     def add(self, rows: slice, of_output: Tensor, inputs: Tensor) -> None:
-        """Take in the gradient of the outputs that `rows` make; each row comes once.
+        """Take in the gradient of the outputs that `rows` make; rows come in order.
 
         Args:
             of_output: `[n, rows]`, contiguous.
@@ -29,6 +29,7 @@ class WeightGradient:
         """
         if self._own is not None:
             torch.mm(of_output.t(), inputs, out=self._own[rows])
+            self._covered = rows.stop
             return
         main_grad: Tensor = self._weight.main_grad  # type: ignore[attr-defined]
         kernels = layers.fused_weight_gradient_mlp_cuda
@@ -41,9 +42,12 @@ class WeightGradient:
 
     def result(self) -> Tensor | None:
         """What autograd is given."""
-        weight = self._weight
-        if self._own is not None or not hasattr(weight, "grad_added_to_main_grad"):
+        if self._own is not None:
+            self._own[self._covered :] = 0  # rows that no block had: those that pad a vocabulary
             return self._own
+        weight = self._weight
+        if not hasattr(weight, "grad_added_to_main_grad"):
+            return None
         weight.grad_added_to_main_grad = True
         if layers.HAVE_TE:
             # One tensor that all layers share.

@@ -45,7 +45,7 @@ def head_of(
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states `[s, b, h]`, the head `[v, h]`, labels `[b, s]` and a mask of tokens `[b, s]`."""
+    """Hidden states `[s, b, h]`, the head `[v, h]`, labels and a mask of tokens `[b, s]`."""
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(LENGTH, BATCH, HIDDEN, generator=generator)
     weight = torch.randn(PADDED, HIDDEN, generator=generator)
@@ -84,8 +84,8 @@ def logits_and_gradients(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     log_sum_exp = logits.logsumexp(-1)
     target = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     losses = torch.stack([log_sum_exp - target, log_sum_exp, logits.amax(-1), logits.mean(-1)])
-    gradients = torch.autograd.grad(objective(losses, mask), [hidden, weight])
-    return losses.detach(), *gradients
+    of_hidden, of_weight = torch.autograd.grad(objective(losses, mask), [hidden, weight])
+    return losses.detach(), of_hidden, of_weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -168,7 +168,7 @@ def fused(rank: int, world_size: int, chunk_size: int | None, hooked: bool) -> d
 
     def accumulate(inputs: Tensor, of_output: Tensor, main_grad: Tensor) -> None:
         calls.append(tuple(main_grad.shape))
-        assert inputs.is_contiguous() and of_output.is_contiguous() and main_grad.is_contiguous()
+        assert all(tensor.is_contiguous() for tensor in (inputs, of_output, main_grad))
         main_grad += of_output.float().t() @ inputs.float()
 
     hidden, weight, labels, mask = inputs(torch.bfloat16)
@@ -213,7 +213,9 @@ def frozen(rank: int, world_size: int, chunk_size: int | None) -> tuple[Tensor, 
     hidden, weight, labels, mask = inputs()
     head = head_of(weight, chunk_size=chunk_size)
     head.weight.requires_grad_(False)
-    objective(head(hidden.requires_grad_(), labels=labels, true_vocab_size=VOCAB)[0], mask).backward()
+    objective(
+        head(hidden.requires_grad_(), labels=labels, true_vocab_size=VOCAB)[0], mask
+    ).backward()
     assert hidden.grad is not None
     return hidden.grad, head.weight.grad is None
 
@@ -238,5 +240,5 @@ def hooks(rank: int, world_size: int) -> list[str]:
 
 
 def test_hooks_of_the_module_and_of_its_weight_run_once(ranks: RankPools) -> None:
-    """`--overlap-param-gather` waits for weights in one, `--overlap-grad-reduce` sends in the other."""
+    """In the one `--overlap-param-gather` waits, in the other `--overlap-grad-reduce` sends."""
     assert ranks.run(hooks, world_size=1) == [["forward", "gradient"]]

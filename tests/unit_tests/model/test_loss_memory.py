@@ -45,12 +45,11 @@ def ours(rank: int, world_size: int, chunk_size: int | None) -> Held:
 
     from megatron_trinity.model.loss import token_losses
 
-    assert dist.group.WORLD is not None
+    group = dist.group.WORLD
+    assert group is not None
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        values = token_losses(
-            hidden, weight, labels, VOCAB, dist.group.WORLD, chunk_size=chunk_size
-        )
+        values = token_losses(hidden, weight, labels, VOCAB, group, chunk_size=chunk_size)
         return values.cross_entropy.sum() + 0.1 * values.log_sum_exp.square().sum()
 
     return held(loss)
