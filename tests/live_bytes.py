@@ -68,10 +68,10 @@ class SavedBytes:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        self._sizes[storage.data_ptr()] = storage.nbytes()
+        self._sizes[storage._cdata] = storage.nbytes()
         return tensor
 
     def without(self, *tensors: Tensor) -> int:
         """Bytes, but for those of `tensors`."""
-        left_out = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        return sum(size for pointer, size in self._sizes.items() if pointer not in left_out)
+        left_out = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return sum(size for key, size in self._sizes.items() if key not in left_out)

@@ -26,11 +26,18 @@ class Held(NamedTuple):
     backward: int
 
 
-def held(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Held:
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(TOKENS, 1, HIDDEN, generator=generator).bfloat16().requires_grad_()
-    weight = torch.randn(VOCAB, HIDDEN, generator=generator).bfloat16().requires_grad_()
-    labels = torch.randint(VOCAB, (TOKENS, 1), generator=generator)
+def held(
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    tokens: int = TOKENS,
+    hidden_size: int = HIDDEN,
+    vocab: int = VOCAB,
+    device: str = "cpu",
+) -> Held:
+    hidden = torch.ones(tokens, 1, hidden_size, dtype=torch.bfloat16, device=device)
+    weight = torch.ones(vocab, hidden_size, dtype=torch.bfloat16, device=device)
+    labels = torch.ones(tokens, 1, dtype=torch.int64, device=device)
+    hidden.requires_grad_()
+    weight.requires_grad_()
     with LiveBytes() as live:
         with SavedBytes() as saved:
             total = loss(hidden, weight, labels)
@@ -53,6 +60,24 @@ def ours(rank: int, world_size: int, chunk_size: int | None) -> Held:
         return values.cross_entropy.sum() + 0.1 * values.log_sum_exp.square().sum()
 
     return held(loss)
+
+
+def of_large(rank: int, world_size: int, tensor_parallel: int) -> Held:
+    """A micro-batch of `large`, on a device without values; its ranks exchange nothing."""
+    from types import SimpleNamespace
+
+    import torch.distributed as dist
+
+    from megatron_trinity.model.loss import token_losses
+
+    group: Any = SimpleNamespace(rank=lambda: 0)
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return token_losses(hidden, weight, labels, 200_192, group).cross_entropy.sum()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", lambda *_: None)
+        return held(loss, 8192, 3072, 200_192 // tensor_parallel, device="meta")
 
 
 def whole_logits(rank: int, world_size: int) -> Held:
@@ -92,3 +117,13 @@ def test_one_chunk_keeps_its_fp32_logits(ranks: RankPools, chunk_size: int | Non
     assert whole * FP32 <= got.kept <= whole * FP32 + TOKENS * 100
     assert got.forward <= whole * (BF16 + FP32) + TOKENS * 100
     assert got.backward <= whole * (BF16 + FP32) + GRADIENTS + TOKENS * 100
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_large_holds_less_than_a_gigabyte(ranks: RankPools, tensor_parallel: int) -> None:
+    # Beside weight, hidden states and the weight's gradient; whole logits are 13.1 GB in bf16.
+    [got] = ranks.run(of_large, tensor_parallel, world_size=1)
+    of_weight = 200_192 // tensor_parallel * 3072 * BF16
+    assert got.kept < 0.5e6
+    assert 0.8e9 < got.forward < 0.82e9
+    assert 0.8e9 < got.backward - of_weight < 0.97e9
