@@ -30,6 +30,13 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="iteration, as in the log, from which the z-loss is on (default: %(default)s)",
     )
+    group.add_argument(
+        "--loss-chunk-size",
+        type=int,
+        metavar="N",
+        help="tokens whose logits a rank holds at once, of a micro-batch; 0 for all "
+        "(default: as many as have 2^27 logits)",
+    )
 
 
 LOSS_REFUSALS: tuple[Refusal, ...] = (
@@ -44,5 +51,10 @@ LOSS_REFUSALS: tuple[Refusal, ...] = (
         lambda a: a.seq_aux_loss_coeff < 0 or a.z_loss_coeff < 0 or a.z_loss_start_iteration < 0,
         "{--seq-aux-loss-coeff}, {--z-loss-coeff} and {--z-loss-start-iteration} cannot be "
         "negative; use 0 to leave a loss out",
+    ),
+    Refusal(
+        "loss-chunk",
+        lambda a: a.loss_chunk_size is not None and a.loss_chunk_size < 0,
+        "{--loss-chunk-size=}: use 1 token or more, or 0 for a whole micro-batch at once",
     ),
 )

@@ -41,6 +41,9 @@ class TrinityConfig(TransformerConfig):
     seq_aux_loss_coeff: float = 0.0
     """alpha of the sequence-wise auxiliary loss (report, eq. 29)."""
 
+    loss_chunk_size: int | None = None
+    """Tokens whose logits are held at once, see `megatron_trinity.model.loss.token_losses`."""
+
     def __post_init__(self) -> None:
         self.perform_initialization = False
         super().__post_init__()

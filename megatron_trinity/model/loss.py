@@ -1,10 +1,27 @@
-"""Cross entropy over a vocabulary that is split over tensor-parallel ranks, and what z-loss needs.
+"""LM head, cross entropy and what z-loss needs, without the logits of a whole micro-batch.
 
-Megatron's `vocab_parallel_cross_entropy` keeps the logsumexp to itself. Here the same passes over
-the logits and one collective less give it as well, with the largest and the mean logit, which tell
-whether logits drift (the report's reason for a z-loss).
+The vocabulary is split over tensor-parallel ranks. Logits are computed, used and forgotten in
+pieces, none of them larger than the logits of a chunk of tokens, forward and backward. What is kept
+for the backward pass is two numbers a token, with which it computes the same logits again:
 
-Shapes: s sequence length, b micro-batch, v vocabulary (padded), tp tensor-parallel ranks.
+- Forward, a chunk of tokens and all of the rank's vocabulary at a time, so that each token's sums
+  are those of undivided logits. The ranks' sums are put together once, behind the last chunk: two
+  collectives, however many chunks there are.
+- Backward, all tokens and a block of the vocabulary at a time. A block's rows of the weight's
+  gradient are then a single product, rounded once, and written or accumulated where Megatron wants
+  them. By chunks of tokens, each chunk would add to the whole matrix, in fp32 for the precision of
+  one product: 4 bytes a weight more. What is added up over blocks is the gradient of the hidden
+  states, in fp32, which is small.
+
+To compute logits again costs a third more in the head (a product of the forward pass to the three
+of both). Gradients in the forward pass would not: but the factors of a token's cross entropy and
+logsumexp (its mask, z-loss's coefficient and 2 logsumexp) are known behind it alone, and the
+gradient of the weight, a sum over tokens, would be kept in the meantime, as large as the weight.
+With one chunk, all logits fit into what a chunk may hold: they are kept, and nothing is computed
+twice.
+
+Shapes: n tokens, s sequence length, b micro-batch, h hidden size, v vocabulary (padded), tp
+tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +33,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatron_trinity.model.weight_gradient import WeightGradient
+
+LOGITS_AT_ONCE = 2**27
+"""Of a chunk, if its length is not given: 6 bytes each in bf16, 0.8 GB; 670 tokens of 200,192."""
+
+ALIGNED = 8
+"""Blocks of the vocabulary are multiples of it: 16 bytes of bf16, for the kernels of products."""
 
 
 class Row(IntEnum):
@@ -43,70 +68,157 @@ class TokenLosses(NamedTuple):
         return torch.stack(self).transpose(1, 2).contiguous()
 
 
-def vocab_parallel_cross_entropy(
-    logits: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    group: dist.ProcessGroup,
+    *,
+    chunk_size: int | None = None,
+    into_main_grad: bool = False,
 ) -> TokenLosses:
-    """Cross entropy, logsumexp, largest and mean logit of each token, without gathering logits.
+    """Cross entropy, logsumexp, largest and mean logit of each token.
 
     Everything is over the true vocabulary. How much it is padded depends on the number of ranks,
     and Megatron's own function counts the padding as ordinary logits; without padding the cross
-    entropy is that of its function, to the last bit but for the order in which a backend adds up
-    ranks.
+    entropy is that of its function. Logits have the dtype of the hidden states, and are computed
+    with in fp32 at least.
 
-    As with Megatron's function, the buffer of fp32 logits is used up (they are overwritten), and
-    there can be one backward pass.
+    The gradient of the hidden states is this rank's part, to be added up over the group. With one
+    chunk there can be one backward pass, since it is computed in the place of what was kept.
 
     Args:
-        logits: `[s, b, v/tp]`, this rank's part; computed with in fp32 at least.
+        hidden: `[s, b, h]`, the same on all ranks.
+        weight: `[v/tp, h]`, this rank's rows of the LM head.
         labels: `[s, b]` int64, indices into the whole vocabulary.
         vocab_size: the true width, at most v.
         group: the tensor-parallel group.
+        chunk_size: tokens whose logits are held at once; 0 for all of them, None for as many as
+            have `LOGITS_AT_ONCE` on a rank.
+        into_main_grad: see `WeightGradient`.
     """
-    return TokenLosses(*_VocabParallelCrossEntropy.apply(logits, labels, vocab_size, group))
+    losses = _TokenLosses.apply(
+        hidden.flatten(0, 1),
+        weight,
+        labels.flatten(),
+        vocab_size,
+        group,
+        chunk_length(labels.numel(), weight.size(0), chunk_size),
+        into_main_grad,
+    )
+    return TokenLosses(*(values.view(labels.shape) for values in losses))
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
+def chunk_length(tokens: int, width: int, chunk_size: int | None) -> int:
+    """Tokens of a chunk, of so many with `width` logits each; see `token_losses`."""
+    if chunk_size is None:
+        chunk_size = max(LOGITS_AT_ONCE // width, 1)
+    return min(chunk_size or tokens, tokens)
+
+
+def blocks(width: int, number: int) -> list[slice]:
+    """At most `number` slices that cover `width` rows."""
+    size = -(-width // (number * ALIGNED)) * ALIGNED
+    return [slice(start, min(start + size, width)) for start in range(0, width, size or 1)]
+
+
+class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, group: dist.ProcessGroup
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        group: dist.ProcessGroup,
+        chunk: int,
+        into_main_grad: bool,
     ) -> tuple[Tensor, ...]:
-        ctx.dtype = logits.dtype
-        # A copy if logits are narrower; else the buffer that is reused from here on.
-        x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        width = x.size(-1)
-        start = group.rank() * width
-        true_width = min(max(vocab_size - start, 0), width)
-
-        x[..., true_width:] = -torch.inf  # padding: no share in the sums, and no gradient
-        highest = x.amax(-1, keepdim=True)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-
-        logit_sum = x[..., :true_width].sum(-1)
-        x.sub_(highest)
+        tokens = hidden.size(0)
+        start = group.rank() * weight.size(0)
+        # Rows that pad the vocabulary have no part in anything.
+        true_width = min(max(vocab_size - start, 0), weight.size(0))
         local = labels - start
-        here = (local >= 0) & (local < width)
-        local = local.masked_fill(~here, 0).unsqueeze(-1)
-        target = x.gather(-1, local).squeeze(-1).masked_fill(~here, 0)
-        x.exp_()
-        sums = torch.stack([x.sum(-1), target, logit_sum])
+
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        ours = torch.full((tokens,), -torch.inf, dtype=dtype, device=hidden.device)
+        sums = ours.new_zeros(3, tokens)
+        x = None
+        for begin in range(0, tokens if true_width else 0, chunk):
+            some = slice(begin, begin + chunk)
+            x = None  # before the next one is made
+            x = _reduce_logits(
+                hidden[some] @ weight[:true_width].t(), local[some], ours[some], sums[:, some]
+            )
+
+        largest = ours.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        ratio = torch.exp(ours - largest)
+        sums[0].mul_(ratio)
+        # A target is on one rank.
         dist.all_reduce(sums, dist.ReduceOp.SUM, group)
         exp_sum, target, logit_sum = sums
 
-        # Divided by its sum in the backward pass only, where a factor is due anyway.
-        ctx.save_for_backward(x, exp_sum, local, here)
+        # A probability is exp(logit - ours) * ratio.
+        kept = x if chunk >= tokens else None
+        ctx.save_for_backward(hidden, weight, local, ours, ratio / exp_sum, kept)
+        ctx.width, ctx.chunks, ctx.into_main_grad = true_width, -(-tokens // chunk), into_main_grad
         log_sum = exp_sum.log()
-        cross_entropy = log_sum - target
-        largest = highest.squeeze(-1)
         mean = logit_sum / vocab_size
         ctx.mark_non_differentiable(largest, mean)
-        return cross_entropy, log_sum + largest, largest, mean
+        return log_sum - (target - largest), log_sum + largest, largest, mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """softmax * (g_ce + g_lse) - onehot * g_ce, in the place of the exponentials."""
         of_cross_entropy, of_log_sum_exp = gradients[: Row.LARGEST_LOGIT]
-        x, exp_sum, local, here = ctx.saved_tensors
-        x.mul_(((of_cross_entropy + of_log_sum_exp) / exp_sum).unsqueeze(-1))
-        x.scatter_add_(-1, local, -(of_cross_entropy * here).unsqueeze(-1))
-        return x.to(ctx.dtype), None, None, None
+        hidden, weight, local, shift, ratio, kept = ctx.saved_tensors
+        factors = (of_cross_entropy + of_log_sum_exp) * ratio
+        of_hidden = None
+        of_weight = WeightGradient(weight, ctx.into_main_grad) if ctx.needs_input_grad[1] else None
+        for rows in blocks(ctx.width, ctx.chunks):
+            some = weight[rows]
+            x = kept if kept is not None else _exponentials(hidden @ some.t(), shift)
+            of_logits = _of_logits(x, local - rows.start, factors, of_cross_entropy)
+            of_logits = of_logits.to(hidden.dtype)
+            del x  # no more of them than a chunk has
+            part = of_logits @ some
+            of_hidden = part if of_hidden is None else of_hidden.to(ratio.dtype).add_(part)
+            if of_weight is not None:
+                of_weight.add(rows, of_logits, hidden)
+            del of_logits
+        return (
+            torch.zeros_like(hidden) if of_hidden is None else of_hidden.to(hidden.dtype),
+            None if of_weight is None else of_weight.result(),
+            *[None] * 5,
+        )
+
+
+def _reduce_logits(logits: Tensor, local: Tensor, largest: Tensor, sums: Tensor) -> Tensor:
+    """Write a chunk's largest logits `[n]` and its sums `[3, n]`: of exponentials, target, logits.
+
+    Returns: exp(logit - largest), in the place of the logits if they are fp32.
+    """
+    x = logits.to(sums.dtype)
+    del logits
+    torch.amax(x, -1, out=largest)
+    torch.sum(x, -1, out=sums[2])
+    here = (local >= 0) & (local < x.size(-1))
+    target = x.gather(-1, local.masked_fill(~here, 0).unsqueeze(-1)).squeeze(-1)
+    sums[1].copy_(target.masked_fill_(~here, 0))
+    x.sub_(largest.unsqueeze(-1)).exp_()
+    torch.sum(x, -1, out=sums[0])
+    return x
+
+
+def _exponentials(logits: Tensor, shift: Tensor) -> Tensor:
+    return logits.to(shift.dtype).sub_(shift.unsqueeze(-1)).exp_()
+
+
+def _of_logits(x: Tensor, local: Tensor, factors: Tensor, of_cross_entropy: Tensor) -> Tensor:
+    """softmax * (g_ce + g_lse) - onehot * g_ce, in the place of the exponentials."""
+    here = (local >= 0) & (local < x.size(-1))
+    target = local.masked_fill(~here, 0).unsqueeze(-1)
+    x.mul_(factors.unsqueeze(-1))
+    return x.scatter_add_(-1, target, -(of_cross_entropy * here).unsqueeze(-1))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
-from megatron_trinity.model.loss import vocab_parallel_cross_entropy
+from megatron_trinity.model.head import LMHead
 
 
 class TrinityModel(GPTModel):
@@ -22,10 +23,13 @@ class TrinityModel(GPTModel):
     ) -> None:
         """`true_vocab_size` leaves out the rows that pad the vocabulary; by default there are none.
 
-        It is for the largest and the mean logit, see `vocab_parallel_cross_entropy`.
+        It is for the loss, see `token_losses`.
         """
         super().__init__(config, *args, **kwargs)
         self.true_vocab_size = self.vocab_size if true_vocab_size is None else true_vocab_size
+        if self.post_process:
+            linear: ColumnParallelLinear = self.output_layer
+            self.output_layer: LMHead = LMHead.of(linear)
         if self.pre_process and config.mup_enabled:
             # Megatron's `use_mup` would scale this too, but also the softmax, the init and the LR.
             self.embedding.word_embeddings.register_forward_hook(self._scale_embedding)
@@ -35,15 +39,35 @@ class TrinityModel(GPTModel):
     ) -> Tensor:
         return out * float(self.config.hidden_size) ** 0.5
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """What a loss can be made of, for each token; in place of Megatron's cross entropy.
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        decoder_input: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The stage's output.
 
         Args:
             labels: `[b, s]` int64.
-            logits: `[s, b, v/tp]`, this rank's part of the (padded) vocabulary. Used up if fp32.
-        Returns: `[4, b, s]` fp32, rows as in `megatron_trinity.model.loss.Row`.
+        Returns: of the last stage, with labels, what a loss can be made of for each token:
+            `[4, b, s]` fp32, rows as in `megatron_trinity.model.loss.Row`. Without labels logits
+            `[b, s, v/tp]`, this rank's part of the (padded) vocabulary. Of other stages hidden
+            states `[s, b, h]`.
         """
-        losses = vocab_parallel_cross_entropy(
-            logits, labels.transpose(0, 1), self.true_vocab_size, self.pg_collection.tp
+        if labels is not None:
+            kwargs["output_processor"] = self._losses
+        output: Tensor = super().forward(
+            input_ids, position_ids, attention_mask, decoder_input, labels, **kwargs
         )
-        return losses.stacked().float()
+        return output
+
+    def _losses(
+        self, *, hidden_states: Tensor, output_weight: Tensor | None, labels: Tensor, **_: Any
+    ) -> Tensor:
+        losses: Tensor = self.output_layer(
+            hidden_states, output_weight, labels=labels, true_vocab_size=self.true_vocab_size
+        )[0]
+        return losses

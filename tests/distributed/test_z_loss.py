@@ -25,15 +25,20 @@ STEPS = 3
 GLOBAL_VALUES = ("lm loss", "z loss", "mean logit", "max logit")
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 PP2 = ("--pipeline-model-parallel-size", "2")
+CHUNKS = ("--loss-chunk-size", "7")
+OVERLAPS = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 # World size, micro-batch size and further flags; the reference is one rank with micro-batches of 2.
 CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
-    "recompute": (1, 2, FULL_RECOMPUTE),
-    "DP 2, micro-batch 4": (2, 4, ()),
-    "TP 2, SP": (2, 2, TP2),
+    "recompute, chunks": (1, 2, (*FULL_RECOMPUTE, *CHUNKS)),
+    "DP 2, micro-batch 4, overlaps, chunks": (2, 4, (*OVERLAPS, *CHUNKS)),
+    "TP 2, SP, chunks": (2, 2, (*TP2, *CHUNKS)),
     "PP 2, VPP 2, micro-batch 1": (2, 1, (*PP2, "--num-layers-per-virtual-pipeline-stage", "1")),
     "micro-batch 1": (1, 1, ()),
     "micro-batch 4": (1, 4, ()),
     "DP 2": (2, 2, ()),
+    "recompute": (1, 2, FULL_RECOMPUTE),
+    "TP 2, SP": (2, 2, TP2),
+    "PP 2, one token a chunk": (2, 2, (*PP2, "--loss-chunk-size", "1")),
     "PP 2": (2, 2, PP2),
 }
 

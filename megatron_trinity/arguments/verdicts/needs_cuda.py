@@ -10,7 +10,7 @@ NEEDS_CUDA: dict[str, str] = {
         --tp-comm-overlap-cfg""",
     "FP8 and FP4 (Transformer Engine)": """
         --fp8-format --fp8-recipe --fp8-quantizer-factory --fp8-margin --fp8-interval
-        --fp8-amax-history-len --fp8-amax-compute-algo --no-fp8-wgrad --fp8-output-proj
+        --fp8-amax-history-len --fp8-amax-compute-algo --no-fp8-wgrad
         --fp8-param-gather --first-last-layers-bf16 --num-layers-at-start-in-bf16
         --num-layers-at-end-in-bf16 --fp4-format --fp4-recipe --fp4-quantizer-factory
         --fp4-param-gather --reuse-grad-buf-for-mxfp8-param-ag --te-precision-config-file

@@ -195,7 +195,7 @@ REFUSED: dict[str, str] = {
         --muon-extra-scale-factor --no-use-layer-wise-param-layout""",
     "Trinity's loss has its own pass over the logits": """
         --cross-entropy-loss-fusion --cross-entropy-fusion-impl --fp16-lm-cross-entropy
-        --defer-embedding-wgrad-compute --wgrad-deferral-limit""",
+        --defer-embedding-wgrad-compute --wgrad-deferral-limit --fp8-output-proj""",
     "the core attention computes it otherwise": """
         --attention-softmax-in-fp32 --log-max-attention-logit --fp32-residual-connection""",
     "use --step-batch-size-schedule, whose thresholds are tokens": "--rampup-batch-size",

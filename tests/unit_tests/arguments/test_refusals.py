@@ -251,6 +251,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"z_loss_coeff": -1e-6},
         {"z_loss_start_iteration": -1},
     ],
+    "loss-chunk": [{"loss_chunk_size": -1}],
     "alarm-window": [{"alarm_window": 16}, {"alarm_window": 30}],
     "skip-nonfinite-steps": [{"skip_nonfinite_steps": -1}],
     "wandb-name": [{"wandb_project": "a", "wandb_save_dir": "b"}],

@@ -1,4 +1,8 @@
-"""The vocabulary-parallel cross entropy and its companions, against closed forms and autograd."""
+"""The losses of tokens over a split vocabulary, against closed forms and autograd.
+
+Where a test says what the logits are, the head is the matrix of ones on the diagonal: the hidden
+states are the logits, and their gradient is that of the logits.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,9 @@ from torch import Tensor
 from tests.distributed.pool import RankPools
 
 LENGTH, BATCH, VOCAB = 5, 3, 48
+HIDDEN = 16
 Z_LOSS = 0.03
+RAGGED = 4  # tokens of a chunk, which leave three of fifteen for the last
 
 
 def inputs(dtype: torch.dtype, scale: float = 3.0, vocab: int = VOCAB) -> tuple[Tensor, Tensor]:
@@ -42,21 +48,30 @@ def closed_form(logits: Tensor, labels: Tensor, vocab_size: int = VOCAB) -> NDAr
 
 
 def parallel(
-    rank: int, world_size: int, logits: Tensor, labels: Tensor, vocab_size: int, objective: str
+    rank: int,
+    world_size: int,
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    objective: str,
+    chunk_size: int | None = None,
 ) -> dict[str, Any]:
-    """Values `[4, s, b]` and the gradient of this rank's part of the logits."""
+    """Values `[4, s, b]` and the gradient of the logits that come from this rank's part."""
     import torch.distributed as dist
 
-    from megatron_trinity.model.loss import vocab_parallel_cross_entropy
+    from megatron_trinity.model.loss import token_losses
 
     assert dist.group.WORLD is not None
-    part = logits.chunk(world_size, dim=-1)[rank].clone().requires_grad_()
-    # A clone: the function uses up its logits.
-    losses = vocab_parallel_cross_entropy(part.clone(), labels, vocab_size, dist.group.WORLD)
+    width = logits.size(-1)
+    weight = torch.eye(width, dtype=logits.dtype).chunk(world_size)[rank].requires_grad_()
+    logits = logits.clone().requires_grad_()
+    losses = token_losses(
+        logits, weight, labels, vocab_size, dist.group.WORLD, chunk_size=chunk_size
+    )
     scalar(losses, objective).backward()
     return {
         "values": torch.stack(losses).detach(),
-        "gradient": part.grad,
+        "gradient": logits.grad,
         "needs gradient": [value.requires_grad for value in losses],
     }
 
@@ -85,7 +100,7 @@ def plain(logits: Tensor, labels: Tensor, objective: str) -> Tensor:
 
 
 def whole_gradient(results: list[dict[str, Any]]) -> Tensor:
-    return torch.cat([result["gradient"] for result in results], dim=-1)
+    return torch.stack([result["gradient"] for result in results]).sum(0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -93,11 +108,18 @@ def whole_gradient(results: list[dict[str, Any]]) -> Tensor:
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=str
 )
 @pytest.mark.parametrize("objective", ["cross entropy", "logsumexp", "both", "z-loss"])
+@pytest.mark.parametrize("chunk_size", [None, RAGGED])
 def test_values_and_gradients(
-    ranks: RankPools, objective: str, dtype: torch.dtype, tolerance: float, world_size: int
+    ranks: RankPools,
+    chunk_size: int | None,
+    objective: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    world_size: int,
 ) -> None:
     logits, labels = inputs(dtype)
-    results = ranks.run(parallel, logits, labels, VOCAB, objective, world_size=world_size)
+    arguments = (logits, labels, VOCAB, objective, chunk_size)
+    results = ranks.run(parallel, *arguments, world_size=world_size)
     for result in results:
         assert result["values"].dtype == dtype
         assert result["needs gradient"] == [True, True, False, False]
@@ -110,9 +132,13 @@ def test_values_and_gradients(
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_bf16_logits_are_computed_with_in_fp32(ranks: RankPools, world_size: int) -> None:
+@pytest.mark.parametrize("chunk_size", [None, RAGGED])
+def test_bf16_logits_are_computed_with_in_fp32(
+    ranks: RankPools, chunk_size: int | None, world_size: int
+) -> None:
     logits, labels = inputs(torch.bfloat16)
-    results = ranks.run(parallel, logits, labels, VOCAB, "both", world_size=world_size)
+    arguments = (logits, labels, VOCAB, "both", chunk_size)
+    results = ranks.run(parallel, *arguments, world_size=world_size)
     for result in results:
         assert result["values"].dtype == torch.float32
         np.testing.assert_allclose(
@@ -125,14 +151,16 @@ def test_bf16_logits_are_computed_with_in_fp32(ranks: RankPools, world_size: int
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("chunk_size", [None, RAGGED])
 def test_saturated_logits_stay_finite(
-    ranks: RankPools, dtype: torch.dtype, world_size: int
+    ranks: RankPools, chunk_size: int | None, dtype: torch.dtype, world_size: int
 ) -> None:
     logits, labels = inputs(torch.float64)
     logits = (1e4 * logits.sign()).to(dtype)
     logits[0] = -1e4
     logits[1] = 1e4
-    results = ranks.run(parallel, logits, labels, VOCAB, "both", world_size=world_size)
+    arguments = (logits, labels, VOCAB, "both", chunk_size)
+    results = ranks.run(parallel, *arguments, world_size=world_size)
     for result in results:
         np.testing.assert_allclose(
             result["values"].numpy(), closed_form(logits, labels), rtol=1e-6, atol=1e-3
@@ -142,48 +170,52 @@ def test_saturated_logits_stay_finite(
 
 
 def both(
-    rank: int, world_size: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Cross entropy of ours and upstream's, and the gradients."""
+    rank: int, world_size: int, dtype: torch.dtype, chunk_size: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross entropy of ours and upstream's, and the gradients of this rank's logits."""
     import torch.distributed as dist
     from megatron.core import tensor_parallel
 
-    from megatron_trinity.model.loss import vocab_parallel_cross_entropy
-
     assert dist.group.WORLD is not None
     logits, labels = inputs(dtype)
-    ours, upstream = (
-        logits.chunk(world_size, dim=-1)[rank].clone().requires_grad_() for _ in range(2)
-    )
-    got = vocab_parallel_cross_entropy(ours.clone(), labels, VOCAB, dist.group.WORLD).cross_entropy
+    ours = parallel(rank, world_size, logits, labels, VOCAB, "cross entropy", chunk_size)
+    part = logits.chunk(world_size, dim=-1)[rank].clone().requires_grad_()
     expected = tensor_parallel.vocab_parallel_cross_entropy(
-        upstream.clone(), labels, tp_group=dist.group.WORLD
+        part.clone(), labels, tp_group=dist.group.WORLD
     )
     factor, _ = weights(torch.float32)
-    (got * factor).sum().backward()
     (expected * factor).sum().backward()
-    return got.detach(), expected.detach(), ours.grad, upstream.grad
+    assert part.grad is not None
+    gradient = ours["gradient"].chunk(world_size, dim=-1)[rank]
+    return ours["values"][0], expected.detach(), gradient, part.grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_cross_entropy_is_upstreams(ranks: RankPools, dtype: torch.dtype, world_size: int) -> None:
-    for got, expected, gradient, expected_gradient in ranks.run(both, dtype, world_size=world_size):
-        if world_size <= 2:
+@pytest.mark.parametrize("chunk_size", [None, RAGGED])
+def test_cross_entropy_is_upstreams(
+    ranks: RankPools, chunk_size: int | None, dtype: torch.dtype, world_size: int
+) -> None:
+    results = ranks.run(both, dtype, chunk_size, world_size=world_size)
+    for got, expected, gradient, expected_gradient in results:
+        if world_size == 1:
             assert torch.equal(got, expected)
-        # Gloo adds up more than two ranks in an order that depends on the place in the tensor.
-        torch.testing.assert_close(got, expected, rtol=5e-7, atol=0)
+        # Each rank's sums are over its own largest logit until they are put together.
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
         torch.testing.assert_close(gradient, expected_gradient, rtol=None, atol=None)
 
 
 @pytest.mark.parametrize("padding", [1, 11, 13, 30])
-def test_padding_has_no_part_in_anything(ranks: RankPools, padding: int) -> None:
+@pytest.mark.parametrize("chunk_size", [None, RAGGED])
+def test_padding_has_no_part_in_anything(
+    ranks: RankPools, chunk_size: int | None, padding: int
+) -> None:
     # Of four ranks of 12 rows, the last has some padding, or nothing else, or it is not alone.
     vocab_size = VOCAB - padding
     logits, labels = inputs(torch.float32)
     logits[..., vocab_size:] += 50
     labels %= vocab_size
-    results = ranks.run(parallel, logits, labels, vocab_size, "both", world_size=4)
+    results = ranks.run(parallel, logits, labels, vocab_size, "both", chunk_size, world_size=4)
     for result in results:
         np.testing.assert_allclose(
             result["values"].numpy(),
@@ -196,10 +228,10 @@ def test_padding_has_no_part_in_anything(ranks: RankPools, padding: int) -> None
     torch.testing.assert_close(whole_gradient(results), gradient)
 
 
-def collectives(rank: int, world_size: int) -> list[tuple[str, tuple[int, ...]]]:
+def collectives(
+    rank: int, world_size: int, chunk_size: int | None
+) -> list[tuple[str, tuple[int, ...]]]:
     import torch.distributed as dist
-
-    from megatron_trinity.model.loss import vocab_parallel_cross_entropy
 
     seen: list[tuple[str, tuple[int, ...]]] = []
     original = dist.all_reduce
@@ -208,73 +240,113 @@ def collectives(rank: int, world_size: int) -> list[tuple[str, tuple[int, ...]]]
         seen.append((str(op), tuple(tensor.shape)))
         original(tensor, op, group)
 
-    assert dist.group.WORLD is not None
-    logits, labels = inputs(torch.float32)
-    part = logits.chunk(world_size, dim=-1)[rank].clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", all_reduce)
-        losses = vocab_parallel_cross_entropy(part.clone(), labels, VOCAB, dist.group.WORLD)
-        losses.cross_entropy.sum().backward()
+        parallel(rank, world_size, *inputs(torch.float32), VOCAB, "both", chunk_size)
     return seen
 
 
-def test_two_collectives_and_none_of_them_over_the_vocabulary(ranks: RankPools) -> None:
-    for seen in ranks.run(collectives, world_size=2):
-        assert [shape for _, shape in seen] == [(LENGTH, BATCH, 1), (3, LENGTH, BATCH)]
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_two_collectives_and_none_of_them_over_the_vocabulary(
+    ranks: RankPools, chunk_size: int | None
+) -> None:
+    tokens = LENGTH * BATCH
+    for seen in ranks.run(collectives, chunk_size, world_size=2):
+        assert [shape for _, shape in seen] == [(tokens,), (3, tokens)]
         assert ["MAX" in seen[0][0], "SUM" in seen[1][0]] == [True, True]
 
 
-def buffers(rank: int, world_size: int, dtype: torch.dtype) -> list[int]:
-    """Sizes of the tensors with a vocabulary axis that forward and backward make."""
+def head_and_loss(
+    rank: int, world_size: int, dtype: torch.dtype, vocab_size: int, chunk_size: int | None
+) -> list[Tensor]:
+    """Values `[4, s, b]`, and this rank's part of the gradients of hidden states and weight."""
     import torch.distributed as dist
-    from torch.utils._python_dispatch import TorchDispatchMode
 
-    from megatron_trinity.model.loss import vocab_parallel_cross_entropy
-
-    class Allocations(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.storages: dict[int, Tensor] = {}
-
-        def __torch_dispatch__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out.shape and out.shape[-1] == VOCAB:
-                self.storages[out.untyped_storage().data_ptr()] = out
-            return out
+    from megatron_trinity.model.loss import token_losses
 
     assert dist.group.WORLD is not None
-    logits, labels = inputs(dtype)
-    logits.requires_grad_()
-    consumed = logits.clone()
-    with Allocations() as allocations:
-        losses = vocab_parallel_cross_entropy(consumed, labels, VOCAB, dist.group.WORLD)
-        total = (losses.cross_entropy + losses.log_sum_exp.square()).sum()
-        torch.autograd.grad(total, consumed)
-    before = {t.untyped_storage().data_ptr() for t in (logits, consumed)}
-    made = [t for pointer, t in allocations.storages.items() if pointer not in before]
-    return sorted(t.element_size() for t in made)
+    hidden, whole, labels = head_inputs(dtype, vocab_size)
+    weight = whole.chunk(world_size)[rank].clone().requires_grad_()
+    losses = token_losses(
+        hidden.requires_grad_(),
+        weight,
+        labels,
+        vocab_size,
+        dist.group.WORLD,
+        chunk_size=chunk_size,
+    )
+    gradients = torch.autograd.grad(scalar(losses, "both"), [hidden, weight])
+    return [torch.stack(losses).detach(), *gradients]
 
 
-def test_one_fp32_buffer_and_the_gradient(ranks: RankPools) -> None:
-    # bf16: the fp32 copy and the bf16 gradient. fp32: the logits themselves.
-    assert ranks.run(buffers, torch.bfloat16, world_size=1) == [[2, 4]]
-    assert ranks.run(buffers, torch.float32, world_size=1) == [[]]
+def head_inputs(dtype: torch.dtype, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states `[s, b, h]`, the head `[v, h]` and labels `[s, b]`."""
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(LENGTH, BATCH, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=torch.float64)
+    labels = torch.randint(vocab_size, (LENGTH, BATCH), generator=generator)
+    return hidden.to(dtype), weight.to(dtype), labels
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("vocab_size", [VOCAB, 41])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk_size", [0, 1, RAGGED, 14, 100])
+def test_head_and_loss_are_those_of_whole_logits(
+    ranks: RankPools, chunk_size: int, dtype: torch.dtype, vocab_size: int, world_size: int
+) -> None:
+    hidden, weight, labels = head_inputs(dtype, vocab_size)
+    results = ranks.run(head_and_loss, dtype, vocab_size, chunk_size, world_size=world_size)
+
+    # As a plain linear layer computes it: logits of the hidden states' dtype.
+    hidden.requires_grad_(), weight.requires_grad_()
+    logits = (hidden @ weight.T).to(torch.promote_types(dtype, torch.float32))
+    true = logits[..., :vocab_size]
+    log_sum_exp = true.logsumexp(-1)
+    cross_entropy = log_sum_exp - true.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    total = scalar((cross_entropy, log_sum_exp), "both")
+    gradients = torch.autograd.grad(total, [hidden, weight])
+
+    got = [torch.stack([r[1].double() for r in results]).sum(0), torch.cat([r[2] for r in results])]
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3}[dtype]
+    for mine, expected in zip(got, gradients, strict=True):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(mine.double(), expected.double(), rtol=0, atol=tolerance * scale)
+    for result in results:
+        np.testing.assert_allclose(
+            result[0].numpy(),
+            closed_form(logits.detach(), labels, vocab_size),
+            rtol=max(1e-6 * (dtype != torch.float64), 1e-14),
+            atol=max(2e-6 * (dtype != torch.float64), 1e-14),
+        )
 
 
 def second_backward(rank: int, world_size: int) -> None:
     import torch.distributed as dist
 
-    from megatron_trinity.model.loss import vocab_parallel_cross_entropy
+    from megatron_trinity.model.loss import token_losses
 
     assert dist.group.WORLD is not None
-    logits, labels = inputs(torch.bfloat16)
-    losses = vocab_parallel_cross_entropy(logits.requires_grad_(), labels, VOCAB, dist.group.WORLD)
+    hidden, weight, labels = head_inputs(torch.bfloat16, VOCAB)
+    losses = token_losses(hidden, weight.requires_grad_(), labels, VOCAB, dist.group.WORLD)
     losses.cross_entropy.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         losses.cross_entropy.sum().backward()
 
 
-def test_a_second_backward_pass_is_refused(ranks: RankPools) -> None:
+def test_a_second_backward_pass_over_kept_logits_is_refused(ranks: RankPools) -> None:
     ranks.run(second_backward, world_size=1)
+
+
+def test_how_long_a_chunk_is() -> None:
+    from megatron_trinity.model.loss import blocks, chunk_length
+
+    assert chunk_length(8192, 200192, None) == 670
+    assert chunk_length(8192, 200192 // 8, None) == 5363
+    assert chunk_length(2048, 8192, None) == 2048
+    assert chunk_length(100, 2**28, None) == 1
+    assert [chunk_length(100, 50, size) for size in (0, 1, 99, 100, 101)] == [100, 1, 99, 100, 100]
+    assert blocks(41, 3) == [slice(0, 16), slice(16, 32), slice(32, 41)]
+    assert blocks(3, 5) == [slice(0, 3)]
+    assert blocks(41, 1) == [slice(0, 41)]
+    assert blocks(0, 3) == []
