@@ -41,7 +41,7 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["--load", "{folder}/none", "--pretrained-checkpoint", "{folder}/run"],
         "--load {folder}/none is not there",
     ),
-    "has to be there": (["--exit-on-missing-checkpoint"], "--load {folder}/new is not there"),
+    "has to be there": (["--exit-on-missing-checkpoint"], "--load {folder}/new holds no check"),
     "an iteration": (["--load", ONE], "give --load {folder}/run --ckpt-step 2"),
     "an iteration to fine-tune": (["--load", ONE, "--finetune"], "--load {folder}/run --ckpt-st"),
     "an iteration of its own": (["--load", ONE, "--save", ONE], "--load {folder}/run --ckpt-st"),
