@@ -134,7 +134,9 @@ def print_inspection(inspection: Inspection, checksums: bool) -> None:
     print_table("fault", ("",), [(fault,) for fault in inspection.faults])
     print_table("training cannot load it", ("",), [(line,) for line in inspection.unreadable])
     if inspection.is_whole:
-        print(f"whole, by {'checksums' if checksums else 'sizes'} of all files and every chunk")
+        loads = "" if inspection.unreadable else "; training can load it"
+        how = "checksums" if checksums else "sizes"
+        print(f"whole, by {how} of all files and every chunk{loads}")
 
 
 def known(values: dict[str, Any]) -> list[tuple[str, Any]]:

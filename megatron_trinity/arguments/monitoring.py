@@ -49,6 +49,12 @@ MONITORING_REFUSALS: tuple[Refusal, ...] = (
         "{--skip-nonfinite-steps=}: use 0 to end the run at the first one, or more",
     ),
     Refusal(
+        "wandb-unused",
+        lambda a: not a.wandb_project and (a.wandb_exp_name or a.wandb_save_dir or a.wandb_entity),
+        "{--wandb-exp-name}, {--wandb-save-dir} and {--wandb-entity} are of a report to W&B; give "
+        "{--wandb-project} as well",
+    ),
+    Refusal(
         "wandb-name",
         lambda a: a.wandb_project and not a.wandb_exp_name,
         "{--wandb-project} needs a name for the run; give {--wandb-exp-name}",

@@ -260,9 +260,9 @@ SAME_ANSWER = """
 --no-barrier-with-level-1-timing
 --log-world-size-to-tensorboard ; and --tensorboard-dir {tmp}/log
 --wandb-project ; shown by tests/distributed/test_command_lines.py
---wandb-exp-name a
---wandb-save-dir {tmp}/wandb
---wandb-entity a
+--wandb-exp-name ; shown by tests/distributed/test_command_lines.py
+--wandb-save-dir ; shown by tests/distributed/test_command_lines.py
+--wandb-entity ; shown by tests/distributed/test_command_lines.py
 --logging-level 10
 --enable-experimental
 --no-one-logger

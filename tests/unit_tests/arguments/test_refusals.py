@@ -254,6 +254,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "loss-chunk": [{"loss_chunk_size": -1}],
     "alarm-window": [{"alarm_window": 16}, {"alarm_window": 30}],
     "skip-nonfinite-steps": [{"skip_nonfinite_steps": -1}],
+    "wandb-unused": [{"wandb_exp_name": "a"}, {"wandb_save_dir": "a"}, {"wandb_entity": "a"}],
     "wandb-name": [{"wandb_project": "a", "wandb_save_dir": "b"}],
     "wandb-directory": [{"wandb_project": "a", "wandb_exp_name": "b"}],
     "wandb-log": [{"wandb_project": "a", "wandb_exp_name": "b", "wandb_save_dir": "c"}],

@@ -191,6 +191,7 @@ def test_the_command_line(
     assert f"checkpoint: path {iteration}" in lines
     assert "in the directory: iter_0000002 whole, by the sizes of its files" in lines
     assert "parameters: router 2,048" in lines
+    assert "whole, by sizes of all files and every chunk; training can load it" in lines
     assert "trained: tokens 1,024" in lines
     found = json.loads(file.read_text())
     assert found["whole"] is True
