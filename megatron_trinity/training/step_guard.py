@@ -22,9 +22,10 @@ from megatron_trinity.training.nonfinite import (
 from megatron_trinity.upstream.training_hooks import StepOutcome
 
 REMEDY = (
-    "it is not applied, and no checkpoint has it: start again with a lower --lr, or with "
-    "--skip-nonfinite-steps to leave such steps out"
+    "it is not applied, and no checkpoint has it: start again {}, or with --skip-nonfinite-steps "
+    "to leave such steps out"
 )
+DIVERGED, NOT_TRUSTED = "with a lower --lr", "on other hardware"
 
 
 class StepGuard:
@@ -56,11 +57,11 @@ class StepGuard:
             if outcome.applied:
                 self._in_a_row = 0
             return False
-        reason = _reason(self._args.curr_iteration + 1, model, outcome, traced)
+        reason, way_out = _reason(self._args.curr_iteration + 1, model, outcome, traced)
         self._in_a_row += 1
         allowed = self._args.skip_nonfinite_steps
         if self._in_a_row > allowed:
-            raise StepError(f"{reason}; {REMEDY}")
+            raise StepError(f"{reason}; {REMEDY.format(way_out)}")
         print_rank_last(f"WARNING: {reason}; left out, {self._in_a_row} of {allowed} in a row")
         return True
 
@@ -87,20 +88,16 @@ def _is_bad(outcome: StepOutcome) -> bool:
 
 def _reason(
     iteration: int, model: Sequence[Any], outcome: StepOutcome, traced: Place | None
-) -> str:
-    """In words, what was not finite first. Collective."""
+) -> tuple[str, str]:
+    """In words, what was not finite first, and what to try in a next start. Collective."""
     place = first_of_all(traced) or first_of_all(last_gradient(model))
     if place is not None:
         first, last = place.samples
-        return (
-            f"iteration {iteration} is not finite: {place.what} first, on rank {place.rank}, in "
-            f"samples {first} to {last}"
-        )
+        what = f"{place.what} first, on rank {place.rank}, in samples {first} to {last}"
+        return f"iteration {iteration} is not finite: {what}", DIVERGED
     ranks: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(ranks, bool(outcome.rejected and outcome.rejected.here))
     first, last = samples_of(None)
     where = f" on rank {ranks.index(True)}" if any(ranks) else ""
-    return (
-        f"iteration {iteration} has a result{where} that is not trusted, or another one when it "
-        f"is run again, in samples {first} to {last}"
-    )
+    what = f"a result{where} that is not trusted, or another one when it is run again"
+    return f"iteration {iteration} has {what}, in samples {first} to {last}", NOT_TRUSTED

@@ -62,8 +62,11 @@ _LOGGED: dict[str, tuple[str, ...]] = {
     ),
     "megatron.core.models.gpt.gpt_model": ("GPTModel IS DEPRECATED.",),
     "megatron.core.rerun_state_machine": (
+        # What `rejected-steps` does in place of that is said in a line of its own.
+        "Exiting now.",
         "RerunStateMachine initialized in mode RerunMode.",
         "Result validation enabled",
+        "Saving a checkpoint and exiting now.",
         "Setting RerunStateMachine mode RerunMode.",
     ),
     "torch.utils.cpp_extension": ("No CUDA runtime is found, using CUDA_HOME=",),
