@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from megatron_trinity.arguments.checkpoints import CHECKPOINT_REFUSALS
 from megatron_trinity.arguments.data import DATA_REFUSALS
+from megatron_trinity.arguments.kernels import KERNEL_REFUSALS
 from megatron_trinity.arguments.loss import LOSS_REFUSALS
 from megatron_trinity.arguments.model import MODEL_REFUSALS
 from megatron_trinity.arguments.monitoring import MONITORING_REFUSALS
@@ -19,6 +20,7 @@ from megatron_trinity.arguments.schedule import SCHEDULE_REFUSALS
 REFUSALS: tuple[Refusal, ...] = (
     *MODEL_REFUSALS,
     *PARALLELISM_REFUSALS,
+    *KERNEL_REFUSALS,
     *SCHEDULE_REFUSALS,
     *OPTIMIZER_REFUSALS,
     *CHECKPOINT_REFUSALS,

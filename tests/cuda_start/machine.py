@@ -50,6 +50,9 @@ def report_cuda(capability: tuple[int, int] = HOPPER) -> None:
     }
     for name, function in cuda.items():
         setattr(torch.cuda, name, function)
+    # What torch itself does with an accelerator needs a real one.
+    setattr(torch.accelerator, "is_available", lambda: False)
+    setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     _join_over_gloo()
 
 

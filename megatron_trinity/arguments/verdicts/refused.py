@@ -196,6 +196,15 @@ REFUSED: dict[str, str] = {
     "Trinity's loss has its own pass over the logits": """
         --cross-entropy-loss-fusion --cross-entropy-fusion-impl --fp16-lm-cross-entropy
         --defer-embedding-wgrad-compute --wgrad-deferral-limit""",
+    "a CUDA graph would replay a layer with the documents of another micro-batch, and a step whose"
+    " gradient norm nobody looks at": """
+        --cuda-graph-impl --cuda-graph-warmup-steps --cuda-graph-modules --optimizer-cuda-graph
+        --delay-offload-until-cuda-graph""",
+    "its schedule takes layers apart and leaves Trinity's loss, documents and router out; use"
+    " --moe-shared-expert-overlap": """
+        --overlap-moe-expert-parallel-comm --delay-wgrad-compute
+        --overlap-dispatch-backward-with-experts-wgrad --ep-overlap-early-attn-memory-release
+        --high-priority-a2a-comm-stream""",
     "the core attention computes it otherwise": """
         --attention-softmax-in-fp32 --log-max-attention-logit --fp32-residual-connection""",
     "use --step-batch-size-schedule, whose thresholds are tokens": "--rampup-batch-size",
