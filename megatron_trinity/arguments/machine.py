@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 
@@ -26,8 +27,9 @@ def machine_notes(args: Namespace) -> Iterator[str]:
     """What the run starts with on a GPU, and why."""
     if torch.cuda.is_available():
         yield chosen(args, find_installed())
-        for setting in _settings(args):
-            yield f"{setting.name}={os.environ[setting.name]}, for {setting.why}"
+        for why, wanted in groupby(_settings(args), lambda setting: setting.why):
+            values = " ".join(f"{setting.name}={os.environ[setting.name]}" for setting in wanted)
+            yield f"environment: {values}, for {why}"
 
 
 def _settings(args: Namespace) -> tuple[Setting, ...]:

@@ -1,14 +1,18 @@
 """A process that takes its machine for one with an H100; its tensors stay on the CPU.
 
-The stand-ins of `megatron_trinity/upstream/cpu/` for the device, its memory, placement and generator
-are put in place as they are without CUDA, and then CUDA is reported present, so that nothing is
-adapted for a machine without: start-up, arguments and models take the way that they take on a GPU.
+The stand-ins of `megatron_trinity/upstream/cpu/` for the device, its memory, placement and
+generator are put in place as they are without CUDA, and then CUDA is reported present, so that
+nothing is adapted for a machine without: start-up, arguments and models take the way that they
+take on a GPU.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 HOPPER = (9, 0)
@@ -26,6 +30,24 @@ class Properties:
     multi_processor_count: int = 132
     warp_size: int = 32
     L2_cache_size: int = 50 * 1024**2
+
+
+STAND_INS = Path(__file__).parent / "stand_ins"
+
+
+def become(packages: Sequence[str], capability: tuple[int, int] = HOPPER) -> None:
+    """Make this process one on a machine with CUDA and `packages`, with megatron-core adapted.
+
+    Args:
+        packages: of `stand_ins/`, by the names of their folders.
+    """
+    sys.path[:0] = [str(STAND_INS / package) for package in packages]
+    report_cuda(capability)
+
+    from megatron_trinity.upstream import adapt_megatron
+
+    adapt_megatron()
+    stand_in_for_devices()
 
 
 def report_cuda(capability: tuple[int, int] = HOPPER) -> None:
@@ -64,11 +86,11 @@ def _join_over_gloo() -> None:
     start, new_group = dist.init_process_group, dist.new_group
 
     def over_gloo(backend: str | None) -> str | None:
-        return "gloo" if backend is None or "nccl" in backend else backend
+        return "gloo" if backend is not None and "nccl" in backend else backend
 
     def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
         kwargs.pop("device_id", None)
-        start(over_gloo(backend), *args, **kwargs)
+        start(over_gloo(backend or "nccl"), *args, **kwargs)
 
     def group(*args: Any, **kwargs: Any) -> Any:
         if "backend" in kwargs:

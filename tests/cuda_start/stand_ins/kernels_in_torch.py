@@ -1,4 +1,4 @@
-"""What a step takes of Transformer Engine and Apex where they are installed, in a few lines of torch.
+"""What a step takes of Transformer Engine and Apex where they are installed, in plain torch.
 
 `CALLS` counts each, so that a test can tell that the step took it.
 """
@@ -28,7 +28,9 @@ class FusedAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         **others: Any,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -14,7 +14,7 @@ import torch
 from tests.cuda_start.stand_ins import kernels_in_torch
 
 __version__ = "2.20.2"
-__path__: list[str] = []
+globals()["__path__"] = []  # so that every submodule is asked of the finder below
 
 # megatron-core asks for these and has something else to do without them.
 _ABSENT = ("apply_fused_qkv_rotary_pos_emb", "get_workspace", "is_symm_backed")
