@@ -29,9 +29,8 @@ def adapt_megatron() -> None:
 
     installed = installed_megatron_core()
     check_version(installed)
-    packages = find_installed()
     cuda_available = torch.cuda.is_available()
-    if cuda_available and not packages.triton:
+    if cuda_available and not find_installed().triton:
         # torch.compile then leaves functions as they are, and no step fails for want of a compiler.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     with contextlib.nullcontext() if cuda_available else importing_uncompiled():

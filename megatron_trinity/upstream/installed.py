@@ -145,6 +145,4 @@ def _has_kernels(extension: str) -> bool:
 
 
 def _torch() -> str:
-    import torch
-
-    return torch.__version__
+    return metadata.version("torch")

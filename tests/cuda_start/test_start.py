@@ -110,7 +110,7 @@ def test_steps_are_those_of_a_cpu(
 
 
 def test_documents_and_bf16(machines: Machines, data: Path, tmp_path: Path) -> None:
-    words = flags_of(data, "--bf16", "--train-iters", "2", *SHARDED_ADAM)
+    words = flags_of(data, "--bf16", "--train-iters", "3", *SHARDED_ADAM)
     losses = []
     for case in ("bare", "both"):
         file = tmp_path / case
@@ -132,8 +132,8 @@ def test_a_resumed_run_is_the_same(
     optimizer: tuple[str, ...],
 ) -> None:
     words = flags_of(data, "--train-iters", "4", "--bf16", *optimizer)
-    save = ("--save", str(tmp_path / "run"), "--load", str(tmp_path / "run"))
-    save = (*save, "--save-interval", "2")
+    run = str(tmp_path / "run")
+    save = ("--save", run, "--load", run, "--save-interval", "2")
     runs: dict[str, list[tuple[str, ...]]] = {
         "whole": [()],
         "parts": [(*save, "--exit-interval", "2"), save],
@@ -206,7 +206,7 @@ def test_queues_are_left_alone_elsewhere(machines: Machines) -> None:
 
 @pytest.mark.slow
 def test_ranks_that_share_a_layer_train(machines: Machines, data: Path, tmp_path: Path) -> None:
-    words = flags_of(data, "--train-iters", "2", *SPLIT, *MUON)
+    words = flags_of(data, "--train-iters", "3", *SPLIT, *MUON)
     answers = machines["both"].run(jobs.trained, words, tmp_path / "steps", world_size=2)
     assert [code for code, _ in answers] == [0, 0]
-    assert len(recorded(tmp_path / "steps")) == 2
+    assert len(recorded(tmp_path / "steps")) == 3
