@@ -20,7 +20,6 @@ from megatron_trinity.arguments.schedule import SCHEDULE_REFUSALS
 REFUSALS: tuple[Refusal, ...] = (
     *MODEL_REFUSALS,
     *PARALLELISM_REFUSALS,
-    *KERNEL_REFUSALS,
     *SCHEDULE_REFUSALS,
     *OPTIMIZER_REFUSALS,
     *CHECKPOINT_REFUSALS,
@@ -29,6 +28,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *ROUTER_REFUSALS,
     *MONITORING_REFUSALS,
     *OTHER_MODEL_REFUSALS,
+    *KERNEL_REFUSALS,
 )
 
 
