@@ -27,6 +27,7 @@ from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
 from megatron_trinity.training.resume import check_checkpoint
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
+from megatron_trinity.upstream.assertions import refusing
 from megatron_trinity.upstream.checkpoint_hooks import set_checkpoint_hooks
 from megatron_trinity.upstream.flops import set_flop_counter
 from megatron_trinity.upstream.training_hooks import set_training_hooks
@@ -55,7 +56,8 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     set_training_hooks(StepObserver(args, record, flops))
     set_checkpoint_hooks(WholeCheckpoints(args, checked))
     set_up_optimizer(args)
-    model_config = model_config_from_args(args)
+    with refusing("the model that the arguments describe cannot be"):
+        model_config = model_config_from_args(args)
     model_config.pre_wrap_hooks.append(partial(announce_balance, args))
     megatron_pretrain(
         container_from_args(args, model_config),

@@ -31,10 +31,8 @@ NEEDS_CUDA: dict[str, str] = {
     "activations and optimizer state outside of the device's memory": """
         --cpu-offloading-num-layers --cpu-offloading-retain-pinned-cpu-buffers
         --fine-grained-activation-offloading --offload-modules --min-offloaded-tensor-size
-        --delta-offload-bytes-across-pp-ranks
-        --activation-offload-fraction --fine-grained-offloading-max-inflight-offloads
-        --moe-paged-stash --moe-paged-stash-page-size --moe-paged-stash-buffer-size-factor-cuda
-        --moe-paged-stash-buffer-size-factor-cpu --optimizer-cpu-offload
+        --delta-offload-bytes-across-pp-ranks --activation-offload-fraction
+        --fine-grained-offloading-max-inflight-offloads --optimizer-cpu-offload
         --optimizer-offload-fraction --use-torch-optimizer-for-cpu-offload
         --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params""",
     "precision of the optimizer's state (Transformer Engine's Adam)": """

@@ -205,6 +205,9 @@ REFUSED: dict[str, str] = {
         --overlap-moe-expert-parallel-comm --delay-wgrad-compute
         --overlap-dispatch-backward-with-experts-wgrad --ep-overlap-early-attn-memory-release
         --high-priority-a2a-comm-stream""",
+    "it needs a limit on the tokens of a rank, and Trinity's router drops none": """
+        --moe-paged-stash --moe-paged-stash-page-size --moe-paged-stash-buffer-size-factor-cuda
+        --moe-paged-stash-buffer-size-factor-cpu""",
     "the core attention computes it otherwise": """
         --attention-softmax-in-fp32 --log-max-attention-logit --fp32-residual-connection""",
     "use --step-batch-size-schedule, whose thresholds are tokens": "--rampup-batch-size",
