@@ -57,14 +57,12 @@ def fusions(args: dict[str, Any]) -> list[bool]:
 
 @pytest.mark.parametrize("preset", first(1, PRESETS))
 @pytest.mark.parametrize("case", first(2, PACKAGES))
-def test_presets_start(machines: Machines, case: str, preset: str) -> None:
-    for layout in [r for r in RECOMMENDED if r.preset == preset][:1]:
-        ranks, flags = layout.world_size, layout.flags
-        [held] = machines[case].run(jobs.built, preset, ranks, flags, world_size=1)
-        assert held > 1e8
-    if preset == "tiny":
-        [held] = machines[case].run(jobs.built, "tiny", 1, [], world_size=1)
-        assert 3.4e6 < held < 3.6e6
+def test_presets_start(machines: Machines, ranks: RankPools, case: str, preset: str) -> None:
+    layouts = [(r.world_size, r.flags) for r in RECOMMENDED if r.preset == preset]
+    job = (jobs.built, preset, *(layouts or [(1, ())])[0])
+    held = machines[case].run(*job, world_size=1)
+    assert held == ranks.run(*job, world_size=1)
+    assert held[0] > 3.5e6
 
 
 @pytest.mark.parametrize("case", first(2, PACKAGES))
