@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_trinity.arguments.cuda import CUDA_ONLY
+from megatron_trinity.arguments.installed import NEEDS
 from megatron_trinity.arguments.model import REPLACED_REFUSALS
 from megatron_trinity.arguments.numbers import LEAST
 from megatron_trinity.arguments.refusal import Refusal, printed
@@ -51,10 +52,11 @@ Megatron's flags whose place a Trinity flag takes, and lengths that do not go to
 {_rows((*REPLACED_REFUSALS, *TOKEN_REFUSALS))}
 
 ## What needs CUDA
-Refused on a machine without it, all of them in one line.
+Refused on a machine without it, all of them in one line, and where the package that it needs
+[is not installed](gpus.md#what-is-installed).
 
-| flag | what to do there |
-|---|---|
+| flag | what to do without CUDA | needs |
+|---|---|---|
 {_needs_cuda()}
 """
 
@@ -68,7 +70,11 @@ def _ranges() -> str:
 
 
 def _needs_cuda() -> str:
-    return "\n".join(f"| `{rule.flag}` | {printed(rule.instead)} |" for rule in CUDA_ONLY)
+    return "\n".join(
+        f"| `{rule.flag}` | {printed(rule.instead)} | "
+        f"{NEEDS[rule.flag].name if rule.flag in NEEDS else 'CUDA'} |"
+        for rule in CUDA_ONLY
+    )
 
 
 def adaptations(when: str) -> str:
@@ -131,7 +137,8 @@ Off its default it ends the start with exit code 2 and this reason.
 {of_reason}
 
 ## Needs CUDA
-Refused on a machine without it; with it, as Megatron has it.
+Refused on a machine without it; with it, as Megatron has it, where
+[what it needs](refusals.md#what-needs-cuda) is installed.
 
 | for | flags |
 |---|---|

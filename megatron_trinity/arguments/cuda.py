@@ -61,21 +61,10 @@ CUDA_ONLY: tuple[CudaOnly, ...] = (
         "use auto or unfused",
     ),
     CudaOnly("use_flash_attn", "--use-flash-attn", bool, _LEAVE_OUT),
-    CudaOnly("cuda_graph_impl", "--cuda-graph-impl", _is_not("none"), "use none"),
-    CudaOnly("enable_cuda_graph", "--enable-cuda-graph", bool, _LEAVE_OUT),
-    CudaOnly("external_cuda_graph", "--external-cuda-graph", bool, _LEAVE_OUT),
-    CudaOnly("optimizer_cuda_graph", "--optimizer-cuda-graph", bool, _LEAVE_OUT),
     CudaOnly("tp_comm_overlap", "--tp-comm-overlap", bool, _LEAVE_OUT),
     CudaOnly("moe_grouped_gemm", "--moe-grouped-gemm", bool, _LEAVE_OUT),
     CudaOnly("moe_permute_fusion", "--moe-permute-fusion", bool, _LEAVE_OUT),
-    CudaOnly("moe_router_fusion", "--moe-router-fusion", bool, _LEAVE_OUT),
     CudaOnly("moe_shared_expert_overlap", "--moe-shared-expert-overlap", bool, _LEAVE_OUT),
-    CudaOnly(
-        "overlap_moe_expert_parallel_comm",
-        "--overlap-moe-expert-parallel-comm",
-        bool,
-        _LEAVE_OUT,
-    ),
     CudaOnly("moe_enable_deepep", "--moe-enable-deepep", bool, _LEAVE_OUT),
     CudaOnly(
         "moe_token_dispatcher_type",
@@ -83,14 +72,10 @@ CUDA_ONLY: tuple[CudaOnly, ...] = (
         _one_of("flex"),
         "use alltoall or allgather",
     ),
-    CudaOnly(
-        "cross_entropy_fusion_impl", "--cross-entropy-fusion-impl", _is_not("native"), "use native"
-    ),
     CudaOnly("use_precision_aware_optimizer", "--use-precision-aware-optimizer", bool, _LEAVE_OUT),
     CudaOnly("optimizer_cpu_offload", "--optimizer-cpu-offload", bool, _LEAVE_OUT),
     CudaOnly("cpu_offloading_num_layers", "--cpu-offloading-num-layers", bool, _LEAVE_OUT),
-    CudaOnly("use_torch_fsdp2", "--use-torch-fsdp2", bool, _LEAVE_OUT),
-    CudaOnly("use_megatron_fsdp", "--use-megatron-fsdp", bool, _LEAVE_OUT),
+    CudaOnly("log_straggler", "--log-straggler", bool, _LEAVE_OUT),
     CudaOnly("nccl_ub", "--use-nccl-ub", bool, _LEAVE_OUT),
     CudaOnly("use_sharp", "--use-sharp", bool, _LEAVE_OUT),
 )

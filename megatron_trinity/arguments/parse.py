@@ -1,7 +1,7 @@
 """The command line: Megatron's flags, Trinity's on top, and presets.
 
 What wins, from weakest to strongest: Megatron's defaults, what makes a model a Trinity model, what
-a machine without CUDA needs, the preset, the command line.
+the machine has (CUDA, and the packages with kernels for it), the preset, the command line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ import torch
 
 from megatron_trinity.arguments.checkpoints import add_checkpoint_arguments
 from megatron_trinity.arguments.cuda import CUDA_ONLY, refuse_cuda_only_arguments, set_cpu_defaults
+from megatron_trinity.arguments.installed import (
+    gpu_argument_defaults,
+    refuse_what_is_not_installed,
+)
+from megatron_trinity.arguments.kernels import add_kernel_arguments
 from megatron_trinity.arguments.loss import add_loss_arguments
+from megatron_trinity.arguments.machine import prepare_machine
 from megatron_trinity.arguments.model import add_model_arguments, derive_model
 from megatron_trinity.arguments.monitoring import add_monitoring_arguments
 from megatron_trinity.arguments.numbers import LEAST_REFUSALS
@@ -31,6 +37,7 @@ from megatron_trinity.arguments.schedule import add_schedule_arguments, derive_s
 from megatron_trinity.arguments.verdicts.table import off_standard, refuse_flags, standard_values
 from megatron_trinity.errors import UsageError
 from megatron_trinity.moe.balancing import SIGN_DEFAULT
+from megatron_trinity.upstream.installed import find_installed
 
 EXAMPLE = """example:
   torchrun --nproc-per-node 2 pretrain_trinity.py --preset tiny --expert-model-parallel-size 2 \\
@@ -47,6 +54,7 @@ SUBJECTS = (
     add_optimizer_arguments,
     add_checkpoint_arguments,
     add_monitoring_arguments,
+    add_kernel_arguments,
 )
 """What adds Trinity's own flags, in the order of `--help`."""
 
@@ -116,10 +124,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     refuse(args, LEAST_REFUSALS)
     derive_model(args)
     derive_schedule(args)
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        refuse_what_is_not_installed(args, find_installed())
+    else:
         refuse_cuda_only_arguments(args)
     validate(args)
     refuse_flags(given, torch.cuda.is_available(), {rule.flag for rule in CUDA_ONLY})
+    prepare_machine(args)
     with refusing("the arguments do not fit together"):
         validate_args(args)
     return args
@@ -133,7 +144,9 @@ def standard_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     _mend_choices(parser)
     _check_destinations(parser)
     parser.set_defaults(**TRINITY_DEFAULTS)
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        parser.set_defaults(**gpu_argument_defaults(find_installed()))
+    else:
         set_cpu_defaults(parser)
     return parser
 

@@ -181,7 +181,10 @@ def build_chunks(args: Namespace, groups: Any) -> list[Any]:
     from megatron_trinity.model.builder import TrinityModelBuilder
     from megatron_trinity.model.config import model_config_from_args
 
-    builder = TrinityModelBuilder(model_config_from_args(args))
+    config = model_config_from_args(args)
+    # Else weights are made on the current GPU by name, where there is one, and not on meta.
+    config.transformer.use_cpu_initialization = True
+    builder = TrinityModelBuilder(config)
     virtual = args.virtual_pipeline_model_parallel_size
     with warnings.catch_warnings(), torch.device("meta"):
         # Megatron repeats for every expert that expert tensor parallelism of 1 needs none.

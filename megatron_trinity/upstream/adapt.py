@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
+from megatron_trinity.upstream.installed import find_installed
 from megatron_trinity.upstream.registry import check_symbols
 from megatron_trinity.upstream.version import check_version, installed_megatron_core
 
@@ -17,7 +19,7 @@ def adapt_megatron() -> None:
 
     Raises:
         TrinityError: megatron-core is missing, of another version, or lacks a symbol that an
-            adaptation touches.
+            adaptation touches; or a package that it would use is not whole.
     """
     # Here, since tools import this package for a name, and the table imports torch.
     import torch
@@ -28,6 +30,9 @@ def adapt_megatron() -> None:
     installed = installed_megatron_core()
     check_version(installed)
     cuda_available = torch.cuda.is_available()
+    if cuda_available and not find_installed().triton:
+        # torch.compile then leaves functions as they are, and no step fails for want of a compiler.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     with contextlib.nullcontext() if cuda_available else importing_uncompiled():
         for adaptation in needed_adaptations(cuda_available):
             if adaptation.name in _applied:

@@ -61,20 +61,22 @@ class RankError(Exception):
 class RankPool:
     """`world_size` processes that run one call at a time."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, prepare: Callable[[], None] | None = None) -> None:
+        """`prepare` is called by each ahead of its imports, in a process that is no fork."""
         self.world_size = world_size
         self._folder = Path(tempfile.mkdtemp(prefix=f"ranks-{world_size}-"))
         self._calls = itertools.count()
         self._connections: list[Connection] = []
         self._processes: list[BaseProcess] = []
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.distributed.preload"])
+        context: Any = multiprocessing.get_context("spawn" if prepare else "forkserver")
+        if prepare is None:
+            context.set_forkserver_preload(["tests.distributed.preload"])
         with _environment(_FORK_SERVER_ENVIRONMENT):
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
                 process = context.Process(
                     target=serve,
-                    args=(theirs, rank, world_size, self._folder),
+                    args=(theirs, rank, world_size, self._folder, prepare),
                     name=f"rank {rank} of {world_size}",
                 )
                 process.start()
@@ -195,7 +197,9 @@ class RankPool:
 class RankPools:
     """A pool for each world size, started when first needed, and again when lost or worn."""
 
-    def __init__(self) -> None:
+    def __init__(self, prepare: Callable[[], None] | None = None) -> None:
+        """`prepare`: see `RankPool`; without it ranks are as on a machine without CUDA."""
+        self._prepare = prepare
         self._pools: dict[int, RankPool] = {}
         # A process that is not a daemon is waited for at exit; a rank would wait for us in turn.
         # (Daemons cannot have children, and data loaders do.)
@@ -228,7 +232,7 @@ class RankPools:
             pool.close()
             pool = None
         if pool is None:
-            pool = self._pools[world_size] = RankPool(world_size)
+            pool = self._pools[world_size] = RankPool(world_size, self._prepare)
         return pool
 
     def close(self) -> None:

@@ -47,10 +47,18 @@ def log_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.log"
 
 
-def serve(connection: Connection, rank: int, world_size: int, folder: Path) -> None:
-    """Answer calls until the other end of `connection` closes."""
+def serve(
+    connection: Connection,
+    rank: int,
+    world_size: int,
+    folder: Path,
+    prepare: Callable[[], None] | None = None,
+) -> None:
+    """Answer calls until the other end of `connection` closes; `prepare` comes ahead of all."""
     _become_a_rank(rank, world_size, folder)
     try:
+        if prepare is not None:
+            prepare()
         load_megatron()
         answer = Answer()
     except Exception:

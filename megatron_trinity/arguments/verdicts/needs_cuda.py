@@ -27,19 +27,12 @@ NEEDS_CUDA: dict[str, str] = {
         --moe-hybridep-pad-uneven-dispatch-inputs --moe-flex-dispatcher-num-sms
         --moe-deepep-num-sms --moe-hybridep-num-sms --moe-hybridep-num-blocks-permute
         --moe-hybridep-num-blocks-unpermute --moe-hybridep-num-sms-preprocessing
-        --moe-ncclep-static-shape --moe-ncclep-zero-copy --moe-shared-expert-overlap
-        --overlap-moe-expert-parallel-comm --delay-wgrad-compute
-        --overlap-dispatch-backward-with-experts-wgrad --ep-overlap-early-attn-memory-release
-        --high-priority-a2a-comm-stream""",
-    "CUDA graphs": """
-        --cuda-graph-impl --cuda-graph-warmup-steps --cuda-graph-modules --optimizer-cuda-graph""",
+        --moe-ncclep-static-shape --moe-ncclep-zero-copy --moe-shared-expert-overlap""",
     "activations and optimizer state outside of the device's memory": """
         --cpu-offloading-num-layers --cpu-offloading-retain-pinned-cpu-buffers
         --fine-grained-activation-offloading --offload-modules --min-offloaded-tensor-size
-        --delay-offload-until-cuda-graph --delta-offload-bytes-across-pp-ranks
-        --activation-offload-fraction --fine-grained-offloading-max-inflight-offloads
-        --moe-paged-stash --moe-paged-stash-page-size --moe-paged-stash-buffer-size-factor-cuda
-        --moe-paged-stash-buffer-size-factor-cpu --optimizer-cpu-offload
+        --delta-offload-bytes-across-pp-ranks --activation-offload-fraction
+        --fine-grained-offloading-max-inflight-offloads --optimizer-cpu-offload
         --optimizer-offload-fraction --use-torch-optimizer-for-cpu-offload
         --overlap-cpu-optimizer-d2h-h2d --no-pin-cpu-grads --no-pin-cpu-params""",
     "precision of the optimizer's state (Transformer Engine's Adam)": """

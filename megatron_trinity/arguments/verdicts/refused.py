@@ -196,6 +196,18 @@ REFUSED: dict[str, str] = {
     "Trinity's loss has its own pass over the logits": """
         --cross-entropy-loss-fusion --cross-entropy-fusion-impl --fp16-lm-cross-entropy
         --defer-embedding-wgrad-compute --wgrad-deferral-limit --fp8-output-proj""",
+    "a CUDA graph would replay a layer with the documents of another micro-batch, and a step whose"
+    " gradient norm nobody looks at": """
+        --cuda-graph-impl --cuda-graph-warmup-steps --cuda-graph-modules --optimizer-cuda-graph
+        --delay-offload-until-cuda-graph""",
+    "its schedule takes layers apart and leaves Trinity's loss, documents and router out; use"
+    " --moe-shared-expert-overlap": """
+        --overlap-moe-expert-parallel-comm --delay-wgrad-compute
+        --overlap-dispatch-backward-with-experts-wgrad --ep-overlap-early-attn-memory-release
+        --high-priority-a2a-comm-stream""",
+    "it needs a limit on the tokens of a rank, and Trinity's router drops none": """
+        --moe-paged-stash --moe-paged-stash-page-size --moe-paged-stash-buffer-size-factor-cuda
+        --moe-paged-stash-buffer-size-factor-cpu""",
     "the core attention computes it otherwise": """
         --attention-softmax-in-fp32 --log-max-attention-logit --fp32-residual-connection""",
     "use --step-batch-size-schedule, whose thresholds are tokens": "--rampup-batch-size",

@@ -26,7 +26,7 @@ ADAPTATION = Adaptation(
     remove_when="`jit_fuser` does nothing without CUDA",
     when="without_cuda",
     # It is the first to import megatron-core.
-    after=("quiet", "cpu-device", "cpu-memory", "cpu-placement"),
+    after=("quiet", "cpu-device", "cpu-memory", "cpu-packages", "cpu-placement"),
 )
 
 

@@ -43,7 +43,6 @@ def test_defaults_hold_on_a_cpu() -> None:
         (["--moe-grouped-gemm"], "--moe-grouped-gemm"),
         (["--moe-token-dispatcher-type", "flex"], "--moe-token-dispatcher-type (use alltoall"),
         (["--attention-backend", "flash"], "--attention-backend"),
-        (["--cuda-graph-impl", "local"], "--cuda-graph-impl (use none)"),
     ],
 )
 def test_what_needs_cuda_is_refused_by_name(given: list[str], named: str) -> None:

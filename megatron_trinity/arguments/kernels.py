@@ -1,0 +1,63 @@
+"""What computes on a GPU, and which flags of it cannot be."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_trinity.arguments.refusal import Refusal
+
+
+def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what Megatron cannot turn off."""
+    parser.add_argument_group(title="trinity").add_argument(
+        "--no-moe-permute-fusion",
+        dest="moe_permute_fusion",
+        action="store_false",
+        help="permute tokens with torch where Transformer Engine could",
+    )
+
+
+KERNEL_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "layers-of-others",
+        lambda a: (
+            a.transformer_impl == "local"
+            and (
+                a.fp8
+                or a.fp4
+                or a.fp8_param_gather
+                or a.fp4_param_gather
+                or a.tp_comm_overlap
+                or a.moe_grouped_gemm
+                or a.use_te_activation_func
+                or a.fused_residual_rmsnorm
+                or a.use_transformer_engine_op_fuser
+                or a.te_precision_config_file
+                or a.moe_single_grouped_weight
+                or a.moe_single_grouped_bias
+                or a.use_grouped_gemm_for_dense_mlp
+                or a.use_grouped_gemm_for_shared_expert
+                or a.fine_grained_activation_offloading
+                or a.use_kitchen_attention
+                or a.flash_attention_version
+                or a.use_flash_attn
+                or getattr(a.attention_backend, "name", a.attention_backend) in ("flash", "fused")
+            )
+        ),
+        "{--fp8-format}, {--fp4-format}, {--fp8-param-gather}, {--fp4-param-gather}, "
+        "{--tp-comm-overlap}, {--moe-grouped-gemm}, {--use-te-activation-func}, "
+        "{--fused-residual-rmsnorm}, {--use-transformer-engine-op-fuser}, "
+        "{--te-precision-config-file}, {--moe-single-grouped-weight}, {--moe-single-grouped-bias}, "
+        "{--use-grouped-gemm-for-dense-mlp}, {--use-grouped-gemm-for-shared-expert}, "
+        "{--fine-grained-activation-offloading}, {--use-kitchen-attention}, "
+        "{--flash-attention-version}, {--use-flash-attn} and {--attention-backend} flash and "
+        "fused are of Transformer Engine's layers, and would "
+        "change nothing with {--transformer-impl=}; leave them out",
+    ),
+    Refusal(
+        "deterministic-exchange",
+        lambda a: a.deterministic_mode and a.moe_token_dispatcher_type == "flex",
+        "{--moe-token-dispatcher-type} flex hands tokens over in the order in which they arrive, "
+        "and {--deterministic-mode} is bit by bit; use alltoall",
+    ),
+)

@@ -1,0 +1,32 @@
+"""Machines that report CUDA, with and without what else may be installed there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+
+import pytest
+
+from tests.cuda_start.machine import become
+from tests.distributed.pool import RankPools
+
+Machines = dict[str, RankPools]
+
+PACKAGES = {
+    "bare": (),
+    "both": ("apex", "transformer_engine"),
+    "te": ("transformer_engine",),
+    "apex": ("apex",),
+}
+"""Machines by name, and what of `stand_ins/` they have; the first two make every claim once."""
+
+
+@pytest.fixture(scope="session")
+def machines() -> Iterator[Machines]:
+    """Pools of ranks on each machine of `PACKAGES`; a pool starts when it is needed."""
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(RankPools(partial(become, packages)))
+            for name, packages in PACKAGES.items()
+        }

@@ -1,0 +1,1 @@
+"""NVIDIA's Apex, to be found."""
