@@ -47,11 +47,13 @@ def log_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.log"
 
 
-def serve(connection: Connection, rank: int, world_size: int, folder: Path) -> None:
+def serve(
+    connection: Connection, rank: int, world_size: int, folder: Path, load: Callable[[], None]
+) -> None:
     """Answer calls until the other end of `connection` closes."""
     _become_a_rank(rank, world_size, folder)
     try:
-        load_megatron()
+        load()
         answer = Answer()
     except Exception:
         answer = Answer(error=traceback.format_exc())
