@@ -74,7 +74,12 @@ def _backend(config: TrinityConfig) -> BackendSpecProvider:
     """The one place where the portable modules and Transformer Engine's part ways."""
     if config.transformer_impl == "local":
         return PortableBackend()
+    if config.transformer_impl == "transformer_engine":
+        # Only here: importing it takes seconds, and without Transformer Engine it is of no use.
+        from megatron_trinity.model.te_backend import TransformerEngineBackend
+
+        return TransformerEngineBackend()
     raise UsageError(
         f"--transformer-impl {config.transformer_impl} has no Trinity layer spec; "
-        "use --transformer-impl local"
+        "use --transformer-impl local or transformer_engine"
     )

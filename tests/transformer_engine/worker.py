@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
 from tests.distributed.worker import load_megatron
 
@@ -30,4 +31,7 @@ def load_emulated() -> None:
 
     from megatron_trinity.arguments import cuda
 
-    cuda.CUDA_ONLY = tuple(rule for rule in cuda.CUDA_ONLY if rule.dest not in _ALLOWED)
+    cuda.CUDA_ONLY = tuple(
+        replace(rule, needs_cuda=lambda _: False) if rule.dest in _ALLOWED else rule
+        for rule in cuda.CUDA_ONLY
+    )

@@ -1,7 +1,8 @@
 """What Transformer Engine hears when it asks torch about CUDA: a Hopper is there.
 
-Only its own modules hear so. Everything else, this project and megatron-core among it, is on the
-CPU as always, with the stand-ins of `megatron_trinity.upstream.cpu`.
+Only its own modules hear so, and Megatron's check of the flags of its kernels. Everything else,
+this project and megatron-core among it, is on the CPU as always, with the stand-ins of
+`megatron_trinity.upstream.cpu`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _ANSWERS: dict[str, Any] = {
     "is_current_stream_capturing": False,
 }
 
+_CHECK_OF_FLAGS = "megatron.training.arguments"
+
 
 def pretend_cuda() -> None:
     """Answer Transformer Engine. To be called when the stand-ins of the CPU are in place."""
@@ -53,5 +56,5 @@ def _answering(original: Callable[..., Any], answer: Any) -> Callable[..., Any]:
 
 def _asked_by_transformer_engine() -> bool:
     """Whether the function two calls up is one of its own."""
-    asking = sys._getframe(2).f_globals.get("__name__", "")
-    return str(asking).partition(".")[0] == "transformer_engine"
+    asking = str(sys._getframe(2).f_globals.get("__name__", ""))
+    return asking.partition(".")[0] == "transformer_engine" or asking == _CHECK_OF_FLAGS
