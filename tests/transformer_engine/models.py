@@ -21,16 +21,17 @@ def run_model(
     length: int,
     flags: Sequence[str],
     documents: Sequence[Sequence[int]] | None = None,
+    apart: bool = False,
 ) -> tuple[dict[str, Tensor], set[str]]:
     """A forward and a backward of the model, with full weights drawn the same everywhere.
 
     Args:
         documents: for each of the two sequences, the lengths of its documents.
+        apart: draw weights with which no choice of experts is a near tie, which bf16 could flip.
     Returns: `logits` and canonical names to gradients; the types of the modules.
     """
     from megatron.core.transformer.module import Float16Module
 
-    from megatron_trinity.model.documents import Documents
     from megatron_trinity.model.shards import whole_tensors
 
     config = afmoe_config(**overrides)
@@ -38,20 +39,13 @@ def run_model(
     if "--bf16" in flags:
         model = Float16Module(model.config, model)
     module = getattr(model, "module", model)
-    load_whole_tensors(module, _random(whole_tensors(module), "--bf16" in flags))
+    load_whole_tensors(module, _random(whole_tensors(module), apart))
 
-    packed = None
-    if documents is not None:
-        cumulative = torch.zeros(BATCH, length + 1, dtype=torch.int32)
-        for row, lengths in zip(cumulative, documents, strict=True):
-            row[1:] = length
-            row[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
-        packed = Documents.from_cu_seqlens(cumulative, length)
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(config.vocab_size, (BATCH, length), generator=generator)
     positions = torch.arange(length).expand(BATCH, length)
     model.train()
-    logits = model(tokens, positions, None, packed_seq_params=packed)
+    logits = model(tokens, positions, None, packed_seq_params=packed(documents, length))
     cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(7))
     (logits.float() * cotangent).sum().backward()
     with torch.no_grad():
@@ -67,19 +61,31 @@ def run_model(
     return {"logits": logits.detach(), **results}, kinds
 
 
-def _random(tensors: dict[str, Tensor], in_bf16: bool) -> dict[str, Tensor]:
-    """Weights, gains and biases; in bf16 such that no choice of experts is a near tie."""
+def packed(documents: Sequence[Sequence[int]] | None, length: int) -> Any:
+    """What the model is told of documents of these lengths, a sequence a row."""
+    from megatron_trinity.model.documents import Documents
+
+    if documents is None:
+        return None
+    cumulative = torch.full((len(documents), length + 1), length, dtype=torch.int32)
+    for row, lengths in zip(cumulative, documents, strict=True):
+        row[: len(lengths) + 1] = torch.tensor([0, *lengths]).cumsum(0)
+    return Documents.from_cu_seqlens(cumulative, length)
+
+
+def _random(tensors: dict[str, Tensor], apart: bool) -> dict[str, Tensor]:
+    """Weights, gains and biases."""
     generator = torch.Generator().manual_seed(4)
     for key in sorted(tensors):
         tensor = tensors[key]
         noise = torch.randn(tensor.shape, generator=generator)
         if key.endswith("expert_bias"):
             spread = torch.randperm(tensor.shape[-1], generator=generator) - tensor.shape[-1] / 2
-            tensors[key] = 0.3 * spread.expand_as(tensor) if in_bf16 else 0.2 * noise
+            tensors[key] = 0.3 * spread.expand_as(tensor) if apart else 0.2 * noise
         elif "norm" in key:
             tensors[key] = 1 + 0.2 * noise
         else:
-            tensors[key] = (0.02 if in_bf16 else 0.1) * noise
+            tensors[key] = (0.02 if apart else 0.1) * noise
     return tensors
 
 
