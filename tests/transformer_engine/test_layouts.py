@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.crosses import first
 from tests.distributed.layouts import ALONE, Layout
 from tests.distributed.pool import RankPools
 from tests.distributed.test_layouts import Answer, check, train
@@ -48,7 +47,11 @@ def references(
 
 
 @pytest.mark.parametrize(
-    "layout", first(len(FIRST), LAYOUTS), ids=[" | ".join(x) or "one rank" for x in LAYOUTS]
+    "layout",
+    [
+        pytest.param(x, id=" | ".join(x) or "one rank", marks=[pytest.mark.slow] * (x not in FIRST))
+        for x in LAYOUTS
+    ],
 )
 def test_a_layout_gives_the_answer_of_the_portable_one(
     te_ranks: RankPools,
