@@ -14,7 +14,7 @@ from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_trinity.model.core_attention import TrinityCoreAttention
 from megatron_trinity.model.documents import Documents
@@ -90,6 +90,10 @@ class TransformerEngineCoreAttention(TrinityCoreAttention):
 
 class _Kernel(TEDotProductAttention):
     """Megatron's wrapper, called as what it wraps: it has no name for the masks of chunks."""
+
+    # Megatron saves no state of it, so that a load must not look for any.
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
         """`[s, b, n, d]` to `[s, b, n * d]`, or with documents `[t, n, d]` to `[t, n * d]`."""
