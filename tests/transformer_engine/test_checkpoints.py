@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.pool import RankPools
+from megatron_trinity.checkpoint.hf.export_hf import export_hf
+from megatron_trinity.checkpoint.inspect import inspect_checkpoint
+from tests.distributed.pool import RankError, RankPools
 from tests.distributed.test_muon import LAYOUTS as MUON
 from tests.distributed.test_optimizer_resume import ADAM, moved
 from tests.trainer import checkpoint_contents, run_trainer, training_flags, write_dataset
@@ -25,6 +27,7 @@ MUONS = [
     ("TP 2, PP 2, EP 2, DP 2 sharded", "EP 2"),
 ]
 CASES = [*(("adam", *case) for case in ADAMS), *(("muon", *case) for case in MUONS)]
+ADAM_FLAGS = ("--optimizer", "adam")
 BOTH_WAYS = pytest.mark.parametrize("from_te", [False, True], ids=["to TE", "from TE"])
 
 
@@ -63,6 +66,13 @@ def train(
     ranks: RankPools, folder: Path, steps: int, *flags: str, world_size: int = 1, load: str = ""
 ) -> dict[str, torch.Tensor]:
     """Train to the step `steps`; returns what the checkpoint of it holds."""
+    write_and_train(ranks, folder, steps, *flags, world_size=world_size, load=load)
+    return checkpoint_contents(folder / "run", steps)
+
+
+def write_and_train(
+    ranks: RankPools, folder: Path, steps: int, *flags: str, world_size: int = 1, load: str = ""
+) -> None:
     folder.mkdir(exist_ok=True)
     if not (folder / "data.bin").exists():
         write_dataset(folder / "data")
@@ -83,7 +93,6 @@ def train(
         *flags,
     )
     assert ranks.run(run_trainer, argv, world_size=world_size) == [0] * world_size
-    return checkpoint_contents(folder / "run", steps)
 
 
 @BOTH_WAYS
@@ -105,3 +114,65 @@ def test_a_run_goes_on_with_the_other_backend(
     for name in names:
         error = (got[name] - expected[name]).float().norm()
         assert error <= 4e-5 * expected[name].float().norm() + 1e-7, name
+
+
+@BOTH_WAYS
+def test_a_file_a_rank_is_of_one_backend(
+    ranks: RankPools, te_ranks: RankPools, tmp_path: Path, from_te: bool
+) -> None:
+    """Experts have other names there; what wrote it goes on, and `torch_dist` leads out."""
+    flags = ("--ckpt-format", "torch", "--no-load-rng", *ADAM_FLAGS)
+    first, second = (te_ranks, ranks) if from_te else (ranks, te_ranks)
+    of_first, of_second = (TE, ()) if from_te else ((), TE)
+    run, load = tmp_path / "run", str(tmp_path / "run/run")
+    write_and_train(first, run, 2, *flags, *of_first)
+    with pytest.raises(RankError) as refused:
+        write_and_train(second, run, 4, *flags, *of_second, load=load)
+    [message] = refused.value.failures.values()
+    assert "has a file for each rank with the names that tensors have with" in message
+    assert "--transformer-impl transformer_engine --moe-grouped-gemm" in message
+    write_and_train(first, run, 4, *flags, *of_first, load=load)
+
+
+def test_one_file_for_all_from_a_run_with_transformer_engine(
+    ranks: RankPools, te_ranks: RankPools, tmp_path: Path
+) -> None:
+    """`tools/reshard.py --format torch` writes the portable names, and says so in the arguments."""
+    train(te_ranks, tmp_path / "te", 2, *ADAM_FLAGS, *TE)
+    ranks.run(rewrite, tmp_path / "te/run", tmp_path / "torch/run", world_size=1)
+    flags = ("--ckpt-format", "torch", "--no-load-rng", *ADAM_FLAGS)
+    write_and_train(ranks, tmp_path / "torch", 4, *flags, load=str(tmp_path / "torch/run"))
+
+
+def rewrite(rank: int, world_size: int, load: Path, save: Path) -> None:
+    import torch.distributed as dist
+
+    from megatron_trinity.checkpoint.reshard import reshard
+
+    dist.destroy_process_group()
+    reshard(load, save, ckpt_format="torch")
+
+
+def test_an_export_is_that_of_a_portable_run(
+    ranks: RankPools, te_ranks: RankPools, tmp_path: Path
+) -> None:
+    """Without a learning rate the weights stay the initial ones, which no backend changes."""
+    still = ("--lr", "0", "--adamw-lr", "0", "--weight-decay", "0", "--load-balancing", "none")
+    files = []
+    for name, pools, flags in (("portable", ranks, ()), ("te", te_ranks, TE)):
+        train(pools, tmp_path / name, 2, *ADAM_FLAGS, *still, "--bf16", *flags)
+        export_hf(tmp_path / name / "run", tmp_path / name / "hf")
+        files.append({path.name: path.read_bytes() for path in (tmp_path / name / "hf").iterdir()})
+    assert files[0] == files[1]
+    assert "model.safetensors" in files[0]
+
+
+def test_inspect_sees_the_same(ranks: RankPools, te_ranks: RankPools, tmp_path: Path) -> None:
+    found = []
+    for name, pools, flags in (("portable", ranks, ()), ("te", te_ranks, TE)):
+        train(pools, tmp_path / name, 2, *ADAM_FLAGS, *flags)
+        found.append(inspect_checkpoint(tmp_path / name / "run", checksums=True))
+    portable, te = found
+    assert portable.faults == te.faults == []
+    assert te.parameters == portable.parameters
+    assert te.tensor_bytes == portable.tensor_bytes
