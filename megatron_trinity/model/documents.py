@@ -75,11 +75,16 @@ class Documents(PackedSeqParams):
             unseen.append(parts[0][1] - first_key)
             of_queries += [stop - query for query, _, stop in parts]
             of_keys += [stop - key for _, key, stop in parts]
-        cumulative = [
-            torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=self.lengths.device)
-            for each in (of_queries, of_keys)
-        ]
-        return Segments(tuple(unseen), *cumulative, max(of_queries), max(of_keys))
+        return Segments(
+            unseen=tuple(unseen),
+            cu_queries=self._cumulative(of_queries),
+            cu_keys=self._cumulative(of_keys),
+            longest_queries=max(of_queries),
+            longest_keys=max(of_keys),
+        )
+
+    def _cumulative(self, lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.starts.device)
 
     def _ends_on_host(self) -> tuple[tuple[int, ...], ...]:
         """For each sequence the positions behind its documents."""
