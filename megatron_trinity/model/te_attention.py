@@ -70,7 +70,7 @@ class TransformerEngineCoreAttention(TrinityCoreAttention):
         mask = "causal" if query.shape[0] == key.shape[0] else "causal_bottom_right"
         if documents is None:
             context = self.kernel.attend(query, key, value, qkv_format="sbhd", attn_mask_type=mask)
-            return context.view_as(query)
+            return context.reshape(query.shape)
         segments = documents.segments(position, query.shape[0], key.shape[0])
         skip = segments.unseen
         packed = self.kernel.attend(
@@ -85,7 +85,7 @@ class TransformerEngineCoreAttention(TrinityCoreAttention):
             max_seqlen_kv=segments.longest_keys,
         )
         rows, batch, heads, dim = query.shape
-        return packed.view(batch, rows, heads, dim).transpose(0, 1)
+        return packed.reshape(batch, rows, heads, dim).transpose(0, 1)
 
 
 class _Kernel(TEDotProductAttention):

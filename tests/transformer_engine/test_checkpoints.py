@@ -131,7 +131,9 @@ def test_a_file_a_rank_is_of_one_backend(
     [message] = refused.value.failures.values()
     assert "has a file for each rank with the names that tensors have with" in message
     assert "--transformer-impl transformer_engine --moe-grouped-gemm" in message
-    write_and_train(first, run, 4, *flags, *of_first, load=load)
+    converted = ("--auto-detect-ckpt-format", "--no-load-rng", *ADAM_FLAGS, *of_first)
+    write_and_train(first, run, 4, *converted, load=load)
+    write_and_train(second, run, 4, *ADAM_FLAGS, *of_second, load=load)
 
 
 def test_one_file_for_all_from_a_run_with_transformer_engine(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.layouts import ALONE, Layout
+from tests.distributed.layouts import ALONE, Layout, ranks_of
 from tests.distributed.pool import RankPools
 from tests.distributed.test_layouts import Answer, check, train
 from tests.trainer import write_dataset
@@ -46,6 +46,15 @@ def references(
     return {kind: train(ranks, data, path / "-".join(("run", *kind)), kind) for kind in kinds}
 
 
+def products_made(rank: int, world_size: int) -> tuple[int, int]:
+    """Of Transformer Engine on this rank since it was last asked, and those of routed experts."""
+    from tests.transformer_engine.emulation.extension import calls
+
+    made = calls["generic_gemm"], calls["te_general_grouped_gemm"]
+    calls.clear()
+    return made
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -61,4 +70,7 @@ def test_a_layout_gives_the_answer_of_the_portable_one(
     layout: Layout,
 ) -> None:
     got = train(te_ranks, data, tmp_path / "run", layout, TE)
+    for products, grouped in te_ranks.run(products_made, world_size=ranks_of(layout)):
+        assert products > 0
+        assert grouped > 0
     check(got, references[tuple(x for x in ("documents", "muon") if x in layout)], layout)
