@@ -7,7 +7,8 @@
 # Afterwards $root/.venv holds the versions of requirements/lock.txt and the package itself
 # (editable), and its `python` is first on PATH. A second call only compares a stamp.
 # `prepare_vllm "$root"` makes $root/.venv-vllm from requirements/vllm.txt, `prepare_clients "$root"`
-# $root/.venv-clients from requirements/clients.txt; they leave PATH alone.
+# $root/.venv-clients from requirements/clients.txt, `prepare_te "$root"` $root/.venv-te from
+# requirements/te.txt; they leave PATH alone.
 #
 # Needs bash, coreutils and flock (util-linux). PYTHON names the interpreter to build with; without
 # it an existing environment keeps the interpreter it has.
@@ -157,7 +158,9 @@ _environment_install() {
         _environment_say "making $environment_dir with Python $environment_version ($environment_python)"
         mkdir "$environment_dir" && : >"$environment_dir/.installing" || return 1
         "$environment_python" -m venv "$environment_dir" || return 1
-        _environment_say "torch with its libraries is about 3 GB to download: a few minutes"
+        if grep -q '^torch==' "$environment_lock"; then
+            _environment_say "torch with its libraries is about 3 GB to download: a few minutes"
+        fi
     else
         _environment_say "updating $environment_dir (Python $environment_version)"
         : >"$environment_dir/.installing" || return 1
@@ -214,4 +217,9 @@ prepare_vllm() {
 # For those too: training and evaluation with libraries that the project does not use itself.
 prepare_clients() {
     _environment_make "$1" .venv-clients requirements/clients.txt
+}
+
+# For tests/transformer_engine: a few packages on top of .venv, for the interpreter that it has.
+prepare_te() {
+    PYTHON=$1/.venv/bin/python _environment_make "$1" .venv-te requirements/te.txt
 }

@@ -133,6 +133,7 @@ def _command_line(saved: Namespace, layout: Layout) -> list[str]:
         "--seq-length": str(saved.seq_length),
         "--make-vocab-size-divisible-by": str(saved.make_vocab_size_divisible_by),
         "--load-balancing": saved.load_balancing,
+        "--transformer-impl": "local",  # whose names of tensors need no GPU
         "--tokenizer-type": "NullTokenizer",
         "--micro-batch-size": "1",
         "--train-iters": "1",

@@ -311,6 +311,7 @@ def _plan_rank_files(
     args = args_of_layout(source.args, layout)
     stored_args = of_one_rank(with_layout(source.args, args))
     stored_args.padded_vocab_size = args.padded_vocab_size
+    stored_args.transformer_impl = args.transformer_impl
     dropped = ("args", "content_metadata", "optimizer", "rerun_state_machine")
     saved = {key: value for key, value in source.common.items() if key not in dropped}
     saved["args"] = stored_args

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
@@ -74,7 +76,17 @@ def _backend(config: TrinityConfig) -> BackendSpecProvider:
     """The one place where the portable modules and Transformer Engine's part ways."""
     if config.transformer_impl == "local":
         return PortableBackend()
+    if config.transformer_impl == "transformer_engine":
+        if find_spec("transformer_engine") is None:
+            raise UsageError(
+                "--transformer-impl transformer_engine: Transformer Engine is not installed; "
+                "install it (docs/transformer_engine.md), or use --transformer-impl local"
+            )
+        # Only here: importing it takes seconds, and without Transformer Engine it is of no use.
+        from megatron_trinity.model.te_backend import TransformerEngineBackend
+
+        return TransformerEngineBackend()
     raise UsageError(
         f"--transformer-impl {config.transformer_impl} has no Trinity layer spec; "
-        "use --transformer-impl local"
+        "use --transformer-impl local or transformer_engine"
     )

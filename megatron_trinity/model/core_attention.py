@@ -1,9 +1,11 @@
-"""The core attention of the portable layer spec; needs neither a GPU nor Transformer Engine.
+"""The core attention: what each backend's has in common, and the portable one.
 
 Shapes: s tokens of a sequence on this rank, b batch, n query heads, g key/value heads, d head_dim.
 """
 
 from __future__ import annotations
+
+from abc import abstractmethod
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -27,8 +29,11 @@ from megatron_trinity.model.context_parallel import (
 from megatron_trinity.model.documents import Documents
 
 
-class PortableCoreAttention(MegatronModule):
+class TrinityCoreAttention(MegatronModule):
     """Causal attention, in a window in local layers, within documents, over split sequences.
+
+    What a context-parallel rank needs of the others is exchanged here, and a backend attends to
+    what is then on the rank.
 
     Takes the arguments of `megatron.core.transformer.dot_product_attention.DotProductAttention`
     and of its Transformer Engine counterpart. A mask or a bias would be ignored, so they are
@@ -74,27 +79,38 @@ class PortableCoreAttention(MegatronModule):
     ) -> Tensor:
         """`[s, b, n, d]` queries and `[s, b, g, d]` keys and values to `[s, b, n * d]`."""
         if attention_mask is not None or attention_bias is not None:
-            raise ValueError("the portable core attention takes no mask and no bias")
-        starts = None
-        if packed_seq_params is not None:
-            if not isinstance(packed_seq_params, Documents):
-                raise ValueError("the portable core attention takes documents, not packed tokens")
-            starts = packed_seq_params.starts
+            raise ValueError("Trinity's core attention takes no mask and no bias")
+        documents = packed_seq_params
+        if documents is not None and not isinstance(documents, Documents):
+            raise ValueError("Trinity's core attention takes documents, not packed tokens")
         if self.cp_group is None:
-            context = self._attend(query, key, value, starts)
+            context = self.attend(query, key, value, documents, 0)
         elif self.cp_comm_type == "a2a":
             q, k, v = (sequence_to_heads(t, self.cp_group) for t in (query, key, value))
-            context = heads_to_sequence(self._attend(q, k, v, starts), self.cp_group)
+            context = heads_to_sequence(self.attend(q, k, v, documents, 0), self.cp_group)
         else:
-            context = self._attend_in_chunks(query, key, value, starts, self.cp_group)
+            context = self._attend_in_chunks(query, key, value, documents, self.cp_group)
         return context.flatten(2)
+
+    @abstractmethod
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, position: int
+    ) -> Tensor:
+        """Attention of a run of queries over the keys that end with them.
+
+        Args:
+            query: `[rows, b, n, d]`; key, value: `[p + rows, b, g, d]`, of which the last `rows`
+                are those of the queries.
+            position: of the first query in the sequence.
+        Returns: `[rows, b, n, d]`.
+        """
 
     def _attend_in_chunks(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        starts: Tensor | None,
+        documents: Documents | None,
         group: ProcessGroup,
     ) -> Tensor:
         """Each of this rank's two chunks of queries over all keys that it can see."""
@@ -108,15 +124,23 @@ class PortableCoreAttention(MegatronModule):
             seen = exchange_windows(pairs, self.window, group)
         contexts = []
         for chunk, rows, keys in zip(chunks, query.chunk(2), seen, strict=True):
-            first = (chunk + 1) * length - keys.shape[0]  # position of the first key
-            of_rows = None
-            if starts is not None:
-                of_rows = (starts[:, chunk * length : (chunk + 1) * length] - first).clamp(min=0)
             k, v = keys.chunk(2, dim=-1)
-            contexts.append(self._attend(rows, k, v, of_rows))
+            contexts.append(self.attend(rows, k, v, documents, chunk * length))
         return torch.cat(contexts)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None) -> Tensor:
+
+class PortableCoreAttention(TrinityCoreAttention):
+    """On torch's scaled-dot-product attention; needs neither a GPU nor Transformer Engine."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, position: int
+    ) -> Tensor:
+        """As the base class says."""
+        starts = None
+        if documents is not None:
+            rows = query.shape[0]
+            first = position + rows - key.shape[0]  # position of the first key
+            starts = (documents.starts[:, position : position + rows] - first).clamp(min=0)
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if self.window is None:
             context = causal_attention(q, k, v, self.softmax_scale, starts)

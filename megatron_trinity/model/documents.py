@@ -5,11 +5,31 @@ Shapes: b sequences of the micro-batch, s tokens of a whole sequence, D document
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The documents of a run of queries, packed one behind another, row of the batch by row.
+
+    Attributes:
+        unseen: for each row, how many of the first keys no query of the run may see: they are to be
+            left out.
+        cu_queries, cu_keys: `[n + 1]` int32 on the device, cumulative lengths of the n parts of
+            documents in what is left.
+        longest_queries, longest_keys: the longest of each, known on the host.
+    """
+
+    unseen: tuple[int, ...]
+    cu_queries: Tensor
+    cu_keys: Tensor
+    longest_queries: int
+    longest_keys: int
 
 
 @dataclass(kw_only=True)
@@ -29,6 +49,53 @@ class Documents(PackedSeqParams):
     starts: Tensor
     ids: Tensor
     lengths: Tensor
+    _segments: dict[tuple[int, int, int], Segments] = field(default_factory=dict, repr=False)
+    _ends: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+
+    def segments(self, position: int, rows: int, keys: int) -> Segments:
+        """Of the queries `position` ... `position + rows - 1` over the `keys` that end with them.
+
+        Layers ask for the same few again and again, so each is made once, and the lengths are read
+        from the device once a micro-batch.
+        """
+        run = (position, rows, keys)
+        if run not in self._segments:
+            self._segments[run] = self._segments_of(*run)
+        return self._segments[run]
+
+    def _segments_of(self, position: int, rows: int, keys: int) -> Segments:
+        end, first_key = position + rows, position + rows - keys
+        unseen, of_queries, of_keys = [], [], []
+        for ends in self._ends_on_host():
+            parts = [
+                (max(begin, position), max(begin, first_key), min(stop, end))
+                for begin, stop in pairwise((0, *ends))
+                if begin < end and stop > position
+            ]
+            unseen.append(parts[0][1] - first_key)
+            of_queries += [stop - query for query, _, stop in parts]
+            of_keys += [stop - key for _, key, stop in parts]
+        return Segments(
+            unseen=tuple(unseen),
+            cu_queries=self._cumulative(of_queries),
+            cu_keys=self._cumulative(of_keys),
+            longest_queries=max(of_queries),
+            longest_keys=max(of_keys),
+        )
+
+    def _cumulative(self, lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self.starts.device)
+
+    def _ends_on_host(self) -> tuple[tuple[int, ...], ...]:
+        """For each sequence the positions behind its documents."""
+        if not self._ends:
+            total, length = list(accumulate(self.lengths.tolist())), self.starts.shape[1]
+            rows: list[list[int]] = [[] for _ in range(self.starts.shape[0])]
+            for end in total:
+                row = (end - 1) // length
+                rows[row].append(end - row * length)
+            self._ends = tuple(map(tuple, rows))
+        return self._ends
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, seq_length: int) -> Documents:

@@ -202,6 +202,13 @@ def _check_is_of_this_run(
             f"{differences}; give the layout of that run, and save in --ckpt-format torch_dist "
             "with --auto-detect-ckpt-format: any layout loads that"
         )
+    if isinstance(checkpoint, RankCheckpoint) and _backend(saved) != _backend(args):
+        raise UsageError(
+            f"the checkpoint under {path.parent} has a file for each rank with the names that "
+            f"tensors have with {_backend(saved)}, and this run has {_backend(args)}; give the "
+            "flags of that run, and save in --ckpt-format torch_dist with "
+            "--auto-detect-ckpt-format: either loads that"
+        )
     if not (_starts_anew(args, path) or args.no_load_optim or path.name == RELEASE):
         if not checkpoint.has_optimizer:
             raise UsageError(
@@ -218,6 +225,12 @@ def _check_is_of_this_run(
         warn_rank_0(
             f"the checkpoint under {path.parent} has no momentum of SMEBU; it starts from zero"
         )
+
+
+def _backend(args: Namespace) -> str:
+    """The flags that decide what a rank calls its tensors."""
+    grouped = args.transformer_impl == "transformer_engine" and args.moe_grouped_gemm
+    return f"--transformer-impl {args.transformer_impl}{' --moe-grouped-gemm' if grouped else ''}"
 
 
 def _differences(saved: Namespace, args: Namespace, names: Sequence[str]) -> str:

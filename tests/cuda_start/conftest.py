@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 
-from tests.cuda_start.machine import become
-from tests.distributed.pool import RankPools
+from tests.cuda_start.machine import load_on
+from tests.distributed.pool import Kind, RankPools
 
 Machines = dict[str, RankPools]
 
@@ -27,6 +27,6 @@ def machines() -> Iterator[Machines]:
     """Pools of ranks on each machine of `PACKAGES`; a pool starts when it is needed."""
     with ExitStack() as stack:
         yield {
-            name: stack.enter_context(RankPools(partial(become, packages)))
+            name: stack.enter_context(RankPools(Kind(None, partial(load_on, packages))))
             for name, packages in PACKAGES.items()
         }

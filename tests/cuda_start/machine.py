@@ -50,6 +50,14 @@ def become(packages: Sequence[str], capability: tuple[int, int] = HOPPER) -> Non
     stand_in_for_devices()
 
 
+def load_on(packages: Sequence[str]) -> None:
+    """Become one, and import what a rank of a pool needs."""
+    from tests.distributed.worker import load_megatron
+
+    become(packages)
+    load_megatron()
+
+
 def report_cuda(capability: tuple[int, int] = HOPPER) -> None:
     """To be called first, before `adapt_megatron()` and any import of megatron."""
     # Functions that are compiled on a GPU are run as they are.

@@ -17,14 +17,16 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.distributed.worker import STACK_SIGNAL, Answer, Call, log_path, serve
+from tests.distributed.worker import STACK_SIGNAL, Answer, Call, load_megatron, log_path, serve
 from tests.paths import ROOT
 
 START_TIMEOUT = 300.0  # seconds; a cold disk makes the imports slow
@@ -36,6 +38,26 @@ LOG_TAIL = 4000  # characters
 # Of one rank. A training run can leave process groups that Megatron or torch still refers to,
 # with three threads each, and every later call is slower for them.
 MAX_THREADS = 500
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What the ranks of a pool are forked from, a server for each kind.
+
+    Attributes:
+        preload: module that the server imports, with all that a rank needs; None where a rank has
+            to prepare its process ahead of all imports, which is then a new one.
+        load: what each rank calls (again), so that it can report what failed; sent by name.
+        variables: of the environment, besides those of every server.
+    """
+
+    preload: str | None
+    load: Callable[[], None]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    server: forkserver.ForkServer = field(default_factory=forkserver.ForkServer)
+
+
+PORTABLE = Kind("tests.distributed.preload", load_megatron)
 
 _FORK_SERVER_ENVIRONMENT = {
     # It finds tests.distributed.preload by this: not every 3.12 hands it our sys.path.
@@ -61,22 +83,21 @@ class RankError(Exception):
 class RankPool:
     """`world_size` processes that run one call at a time."""
 
-    def __init__(self, world_size: int, prepare: Callable[[], None] | None = None) -> None:
-        """`prepare` is called by each ahead of its imports, in a process that is no fork."""
+    def __init__(self, world_size: int, kind: Kind = PORTABLE) -> None:
         self.world_size = world_size
         self._folder = Path(tempfile.mkdtemp(prefix=f"ranks-{world_size}-"))
         self._calls = itertools.count()
         self._connections: list[Connection] = []
         self._processes: list[BaseProcess] = []
-        context: Any = multiprocessing.get_context("spawn" if prepare else "forkserver")
-        if prepare is None:
-            context.set_forkserver_preload(["tests.distributed.preload"])
-        with _environment(_FORK_SERVER_ENVIRONMENT):
+        context: Any = multiprocessing.get_context("forkserver" if kind.preload else "spawn")
+        if kind.preload:
+            kind.server.set_forkserver_preload([kind.preload])
+        with _environment({**_FORK_SERVER_ENVIRONMENT, **kind.variables}), _served_by(kind.server):
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
                 process = context.Process(
                     target=serve,
-                    args=(theirs, rank, world_size, self._folder, prepare),
+                    args=(theirs, rank, world_size, self._folder, kind.load),
                     name=f"rank {rank} of {world_size}",
                 )
                 process.start()
@@ -197,9 +218,8 @@ class RankPool:
 class RankPools:
     """A pool for each world size, started when first needed, and again when lost or worn."""
 
-    def __init__(self, prepare: Callable[[], None] | None = None) -> None:
-        """`prepare`: see `RankPool`; without it ranks are as on a machine without CUDA."""
-        self._prepare = prepare
+    def __init__(self, kind: Kind = PORTABLE) -> None:
+        self._kind = kind
         self._pools: dict[int, RankPool] = {}
         # A process that is not a daemon is waited for at exit; a rank would wait for us in turn.
         # (Daemons cannot have children, and data loaders do.)
@@ -232,7 +252,7 @@ class RankPools:
             pool.close()
             pool = None
         if pool is None:
-            pool = self._pools[world_size] = RankPool(world_size, self._prepare)
+            pool = self._pools[world_size] = RankPool(world_size, self._kind)
         return pool
 
     def close(self) -> None:
@@ -250,6 +270,17 @@ class RankPools:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _served_by(server: forkserver.ForkServer) -> Iterator[None]:
+    """multiprocessing has one server, which it finds through this name."""
+    before = forkserver.connect_to_new_process
+    setattr(forkserver, "connect_to_new_process", server.connect_to_new_process)
+    try:
+        yield
+    finally:
+        setattr(forkserver, "connect_to_new_process", before)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -43,7 +44,9 @@ class Answer:
     tensors: dict[str, Tensor]
 
 
-def train(ranks: RankPools, data: Path, run: Path, layout: Layout) -> Answer:
+def train(
+    ranks: RankPools, data: Path, run: Path, layout: Layout, more: Sequence[str] = ()
+) -> Answer:
     argv = training_flags(
         data,
         *("--num-attention-heads", str(HEADS), "--num-query-groups", str(QUERY_GROUPS)),
@@ -56,6 +59,7 @@ def train(ranks: RankPools, data: Path, run: Path, layout: Layout) -> Answer:
         # Else the first steps would be the signs of rounding errors where gradients vanish.
         *("--adam-eps", "1e-4"),
         *flags(layout),
+        *more,
     )
     world_size = ranks_of(layout)
     assert ranks.run(run_trainer, argv, world_size=world_size) == [0] * world_size
@@ -101,6 +105,11 @@ def test_a_layout_gives_the_answer_of_one_rank(
 ) -> None:
     got = train(ranks, data, tmp_path / "run", layout)
     expected = references[tuple(name for name in ("documents", "muon") if name in layout)]
+    check(got, expected, layout)
+
+
+def check(got: Answer, expected: Answer, layout: Layout) -> None:
+    """That a run gave the answer of another."""
     # Newton-Schulz stretches rounding errors where a gradient has no direction of its own, and
     # later gradients show it.
     gradients = 4e-5 if "muon" in layout else 1e-5

@@ -132,8 +132,12 @@ def moved(
     source: tuple[int, Sequence[str]],
     target: tuple[int, Sequence[str]],
     maker: str = "muon",
+    target_ranks: RankPools | None = None,
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """State saved and saved again; weights after the third step, of the source and the target."""
+    """State saved and saved again; weights after the third step, of the source and the target.
+
+    `target_ranks` go on where `ranks` have saved; by default they do so themselves.
+    """
     [shapes] = ranks.run(canonical_shapes, world_size=1)
     saved, again = tmp_path / "saved" / "iter_0000002", tmp_path / "again" / "iter_0000002"
     for directory in (saved, again):
@@ -141,7 +145,9 @@ def moved(
     world_size, flags = source
     first = ranks.run(train_and_save, maker, flags, shapes, saved, world_size=world_size)
     world_size, flags = target
-    second = ranks.run(load_and_go_on, maker, flags, shapes, saved, again, world_size=world_size)
+    second = (target_ranks or ranks).run(
+        load_and_go_on, maker, flags, shapes, saved, again, world_size=world_size
+    )
     states = [
         {
             key: tensor

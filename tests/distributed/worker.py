@@ -48,18 +48,12 @@ def log_path(folder: Path, rank: int) -> Path:
 
 
 def serve(
-    connection: Connection,
-    rank: int,
-    world_size: int,
-    folder: Path,
-    prepare: Callable[[], None] | None = None,
+    connection: Connection, rank: int, world_size: int, folder: Path, load: Callable[[], None]
 ) -> None:
-    """Answer calls until the other end of `connection` closes; `prepare` comes ahead of all."""
+    """Answer calls until the other end of `connection` closes."""
     _become_a_rank(rank, world_size, folder)
     try:
-        if prepare is not None:
-            prepare()
-        load_megatron()
+        load()
         answer = Answer()
     except Exception:
         answer = Answer(error=traceback.format_exc())

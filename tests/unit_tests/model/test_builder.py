@@ -97,7 +97,7 @@ def test_parameter_counts(ranks: RankPools, name: str) -> None:
         assert f"{count / 1e9:.2f}" == printed
 
 
-def build_with_another_implementation(rank: int, world_size: int) -> str:
+def build_with_another_implementation(rank: int, world_size: int, name: str) -> str:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -105,7 +105,7 @@ def build_with_another_implementation(rank: int, world_size: int) -> str:
     from megatron_trinity.model.config import model_config_from_args
 
     config = model_config_from_args(parse(afmoe_config()))
-    config.transformer.transformer_impl = "inference_optimized"
+    config.transformer.transformer_impl = name
     parallel_state.initialize_model_parallel()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with pytest.raises(UsageError) as refused:
@@ -113,7 +113,16 @@ def build_with_another_implementation(rank: int, world_size: int) -> str:
     return str(refused.value)
 
 
-def test_an_implementation_without_a_layer_spec_is_refused(ranks: RankPools) -> None:
-    [message] = ranks.run(build_with_another_implementation, world_size=1)
-    assert message.startswith("--transformer-impl inference_optimized has no Trinity layer spec")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("inference_optimized", " has no Trinity layer spec"),
+        ("transformer_engine", ": Transformer Engine is not installed"),
+    ],
+)
+def test_an_implementation_that_is_not_there_is_refused(
+    ranks: RankPools, name: str, reason: str
+) -> None:
+    [message] = ranks.run(build_with_another_implementation, name, world_size=1)
+    assert message.startswith(f"--transformer-impl {name}{reason}")
     assert "\n" not in message

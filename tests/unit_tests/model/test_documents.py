@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_trinity.model.documents import Documents
+from megatron_trinity.model.documents import Documents, Segments
 
 
 def test_values() -> None:
@@ -36,3 +38,57 @@ def test_any_lengths(rows: list[list[int]]) -> None:
         [sum(lengths[:n]) for n, size in enumerate(lengths) for _ in range(size)]
         for lengths in rows
     ]
+
+
+ROWS = st.lists(st.integers(1, 9), min_size=1, max_size=12).filter(lambda x: sum(x) <= 24)
+
+
+@given(st.lists(ROWS, min_size=1, max_size=3), st.data())
+def test_segments_are_what_each_query_sees(rows: list[list[int]], data: st.DataObject) -> None:
+    """Of any run of queries over any keys that end with them, a token at a time."""
+    length = 24
+    rows = [[*lengths, *([length - sum(lengths)] * (sum(lengths) < length))] for lengths in rows]
+    cumulative = torch.full((len(rows), 14), length, dtype=torch.int32)
+    for row, lengths in zip(cumulative, rows, strict=True):
+        row[: len(lengths) + 1] = torch.tensor([0, *lengths]).cumsum(0)
+    documents = Documents.from_cu_seqlens(cumulative, length)
+    position = data.draw(st.integers(0, length - 1))
+    queries = data.draw(st.integers(1, length - position))
+    keys = data.draw(st.integers(queries, position + queries))
+
+    segments = documents.segments(position, queries, keys)
+    first_key = position + queries - keys
+    expected = [
+        [
+            (row, query, range(max(int(documents.starts[row, query]), first_key), query + 1))
+            for query in range(position, position + queries)
+        ]
+        for row in range(len(rows))
+    ]
+    assert seen(segments, position, queries, first_key) == [one for row in expected for one in row]
+    assert segments.longest_queries == segments.cu_queries.diff().max()
+    assert segments.longest_keys == segments.cu_keys.diff().max()
+    assert segments.cu_keys.dtype == segments.cu_queries.dtype == torch.int32
+    assert documents.segments(position, queries, keys) is segments, "made once for all layers"
+
+
+def seen(
+    segments: Segments, position: int, queries: int, first_key: int
+) -> list[tuple[int, int, range]]:
+    """Sequence and position of each query, and positions of the keys that it sees in a segment."""
+    tokens = [
+        (row, key)
+        for row, unseen in enumerate(segments.unseen)
+        for key in range(first_key + unseen, position + queries)
+    ]
+    result = []
+    of_queries = segments.cu_queries.tolist()
+    of_keys = segments.cu_keys.tolist()
+    for (begin, end), (first, last) in zip(pairwise(of_queries), pairwise(of_keys), strict=True):
+        part = tokens[first:last]
+        for number in range(end - begin):
+            own = len(part) - (end - begin) + number  # the queries are the last of the keys
+            row, query = part[own]
+            assert {of for of, _ in part} == {row}
+            result.append((row, query, range(part[0][1], query + 1)))
+    return result

@@ -1,0 +1,51 @@
+"""The backend with Transformer Engine's modules: products of matrices and the core attention.
+
+Norms stay the project's, in modules of their own: Transformer Engine fuses none whose gain is fp32
+in front of a layer that is not. Router, embedding, LM head and loss are the same in both backends,
+and so are the names and the contents of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelGroupedLinear,
+    TEColumnParallelLinear,
+    TELinear,
+    TERowParallelGroupedLinear,
+    TERowParallelLinear,
+)
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+
+from megatron_trinity.model.layer_specs import PortableBackend
+from megatron_trinity.model.te_attention import TransformerEngineCoreAttention
+
+
+class TransformerEngineBackend(PortableBackend):
+    """Transformer Engine's modules where Trinity can have them, the portable ones elsewhere."""
+
+    def linear(self) -> type[TELinear]:
+        return TELinear
+
+    def column_parallel_linear(self) -> type[TEColumnParallelLinear]:
+        return TEColumnParallelLinear
+
+    def row_parallel_linear(self) -> type[TERowParallelLinear]:
+        return TERowParallelLinear
+
+    def core_attention(self) -> type[TransformerEngineCoreAttention]:
+        return TransformerEngineCoreAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> partial[Any]:
+        if not moe_use_grouped_gemm:
+            return super().grouped_mlp_modules(moe_use_grouped_gemm)
+        return partial(
+            TEGroupedMLP,
+            submodules=GroupedMLPSubmodules(
+                linear_fc1=TEColumnParallelGroupedLinear,
+                linear_fc2=TERowParallelGroupedLinear,
+                activation_func=None,
+            ),
+        )

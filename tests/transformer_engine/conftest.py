@@ -1,0 +1,40 @@
+"""Ranks that have Transformer Engine, beside those of the project's own environment."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.pool import Kind, RankPools
+from tests.environments import prepared
+from tests.transformer_engine.worker import PACKAGES, load_emulated
+
+
+@pytest.fixture(scope="session")
+def te_ranks(request: pytest.FixtureRequest) -> Iterator[RankPools]:
+    """As `ranks`, with Transformer Engine's Python modules over the emulation."""
+    kind = Kind(
+        "tests.transformer_engine.preload",
+        load_emulated,
+        {PACKAGES: str(_packages(prepared(request, "te")))},
+    )
+    with RankPools(kind) as pools:
+        yield pools
+
+
+def _packages(python: Path) -> Path:
+    command = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    answer = subprocess.run([python, "-c", command], check=True, capture_output=True, text=True)
+    return Path(answer.stdout.strip())
+
+
+# First, so that `-m te` and `-m "not te"` see the marker.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "te_ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.te)
+            item.add_marker(pytest.mark.distributed)

@@ -1,0 +1,76 @@
+"""One model, one answer: Transformer Engine's modules in a layout train as the portable ones on one
+rank, which has none of them installed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.layouts import ALONE, Layout, ranks_of
+from tests.distributed.pool import RankPools
+from tests.distributed.test_layouts import Answer, check, train
+from tests.trainer import write_dataset
+from tests.transformer_engine.models import TE
+
+FIRST: tuple[Layout, ...] = (
+    (),
+    ("documents", "muon"),
+    ("TP 2 + SP", "documents", "micro-batch 1"),
+    ("PP 2",),
+    ("EP 2", "DP 2", "distributed optimizer"),
+    ("EP 2", "DP 2", "distributed optimizer", "muon"),
+    ("CP 2 all-gather", "documents"),
+    ("CP 2 a2a", "documents"),
+    ("CP 2 all-gather",),
+    ("TP 2 + SP", "EP 2", "ETP 1", "CP 4 all-gather"),
+    ("TP 2 + SP", "CP 2 a2a", "full recompute", "muon"),
+)
+LAYOUTS = (*FIRST, *(layout for layout in ALONE if layout not in FIRST))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("layouts") / "data"
+    write_dataset(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def references(
+    ranks: RankPools, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Layout, Answer]:
+    path = tmp_path_factory.mktemp("references")
+    kinds: list[Layout] = [(), ("documents",), ("muon",), ("documents", "muon")]
+    return {kind: train(ranks, data, path / "-".join(("run", *kind)), kind) for kind in kinds}
+
+
+def products_made(rank: int, world_size: int) -> tuple[int, int]:
+    """Of Transformer Engine on this rank since it was last asked, and those of routed experts."""
+    from tests.transformer_engine.emulation.extension import calls
+
+    made = calls["generic_gemm"], calls["te_general_grouped_gemm"]
+    calls.clear()
+    return made
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(x, id=" | ".join(x) or "one rank", marks=[pytest.mark.slow] * (x not in FIRST))
+        for x in LAYOUTS
+    ],
+)
+def test_a_layout_gives_the_answer_of_the_portable_one(
+    te_ranks: RankPools,
+    data: Path,
+    references: dict[Layout, Answer],
+    tmp_path: Path,
+    layout: Layout,
+) -> None:
+    got = train(te_ranks, data, tmp_path / "run", layout, TE)
+    for products, grouped in te_ranks.run(products_made, world_size=ranks_of(layout)):
+        assert products > 0
+        assert grouped > 0
+    check(got, references[tuple(x for x in ("documents", "muon") if x in layout)], layout)
