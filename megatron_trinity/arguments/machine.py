@@ -9,7 +9,7 @@ from itertools import groupby
 
 import torch
 
-from megatron_trinity.arguments.environment import Setting, missing, settings
+from megatron_trinity.arguments.environment import ORDERED_QUEUES, Setting, missing, settings
 from megatron_trinity.arguments.installed import chosen
 from megatron_trinity.upstream.installed import find_installed
 
@@ -20,7 +20,14 @@ def prepare_machine(args: Namespace) -> None:
     Raises:
         UsageError: one of them is set otherwise.
     """
-    os.environ.update(missing(_settings(args), os.environ))
+    given = dict(os.environ)
+    if torch.cuda.is_available() and _is_split(args):
+        # Ahead of the question for what it depends on, since that starts CUDA, which reads it.
+        os.environ.setdefault(ORDERED_QUEUES.name, ORDERED_QUEUES.value)
+    variables = missing(_settings(args), given)
+    if ORDERED_QUEUES.name not in given | variables:
+        os.environ.pop(ORDERED_QUEUES.name, None)
+    os.environ.update(variables)
 
 
 def machine_notes(args: Namespace) -> Iterator[str]:
@@ -33,9 +40,9 @@ def machine_notes(args: Namespace) -> Iterator[str]:
 
 
 def _settings(args: Namespace) -> tuple[Setting, ...]:
-    split = args.tensor_model_parallel_size * args.context_parallel_size > 1
-    # Not asked where nobody needs to know, since it makes torch start CUDA.
-    capability = (
-        torch.cuda.get_device_capability()[0] if split and torch.cuda.is_available() else None
-    )
-    return settings(args, capability)
+    ask = torch.cuda.is_available() and _is_split(args)
+    return settings(args, torch.cuda.get_device_capability()[0] if ask else None)
+
+
+def _is_split(args: Namespace) -> bool:
+    return bool(args.tensor_model_parallel_size * args.context_parallel_size > 1)
