@@ -70,7 +70,7 @@ def test_a_layout_gives_the_answer_of_the_portable_one(
     layout: Layout,
 ) -> None:
     got = train(te_ranks, data, tmp_path / "run", layout, TE)
-    for products, grouped in te_ranks.run(products_made, world_size=ranks_of(layout)):
-        assert products > 0
-        assert grouped > 0
+    made = te_ranks.run(products_made, world_size=ranks_of(layout))
+    assert all(products > 0 for products, _ in made)
+    assert any(grouped > 0 for _, grouped in made)  # a stage may have dense layers alone
     check(got, references[tuple(x for x in ("documents", "muon") if x in layout)], layout)
