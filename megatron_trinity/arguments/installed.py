@@ -111,7 +111,8 @@ NEEDS: Mapping[str, Library] = {
 def gpu_argument_defaults(installed: Installed) -> dict[str, Any]:
     """The defaults that replace Megatron's on a GPU: argparse dest to value."""
     fused = {fusion.dest: fusion.there(installed) for fusion in FUSIONS}
-    return {**fused, "masked_softmax_fusion": False}
+    layers = "transformer_engine" if TRANSFORMER_ENGINE.found(installed) else "local"
+    return {**fused, "masked_softmax_fusion": False, "transformer_impl": layers}
 
 
 def refuse_what_is_not_installed(args: Namespace, installed: Installed) -> None:
@@ -150,8 +151,10 @@ def chosen(args: Namespace, installed: Installed) -> str:
         for fusion in FUSIONS
         if not getattr(args, fusion.dest)
     ]
+    layers = "portable" if args.transformer_impl == "local" else "of Transformer Engine"
     return "; ".join(
         [
+            f"layers: {layers}",
             f"kernels: {', '.join(name for name, found in there if found) or 'those of torch'}",
             f"fused: {', '.join(on) or 'nothing'}",
             *([f"not fused: {', '.join(off)}"] if off else []),

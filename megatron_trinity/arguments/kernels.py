@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from argparse import Namespace
 
 from megatron_trinity.arguments.refusal import Refusal
 
@@ -17,17 +18,25 @@ def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def derive_kernels(args: Namespace) -> None:
+    """Let the routed experts be of Transformer Engine where the other layers are."""
+    if args.transformer_impl == "transformer_engine":
+        args.moe_grouped_gemm = True
+
+
 KERNEL_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "low-precision",
+        lambda a: a.fp8 or a.fp4 or a.fp8_param_gather or a.fp4_param_gather,
+        "{--fp8-format}, {--fp4-format}, {--fp8-param-gather} and {--fp4-param-gather}: what they "
+        "compute of Trinity's layers is not proved yet; use {--bf16}",
+    ),
     Refusal(
         "layers-of-others",
         lambda a: (
             a.transformer_impl == "local"
             and (
-                a.fp8
-                or a.fp4
-                or a.fp8_param_gather
-                or a.fp4_param_gather
-                or a.tp_comm_overlap
+                a.tp_comm_overlap
                 or a.moe_grouped_gemm
                 or a.use_te_activation_func
                 or a.fused_residual_rmsnorm
@@ -44,7 +53,6 @@ KERNEL_REFUSALS: tuple[Refusal, ...] = (
                 or getattr(a.attention_backend, "name", a.attention_backend) in ("flash", "fused")
             )
         ),
-        "{--fp8-format}, {--fp4-format}, {--fp8-param-gather}, {--fp4-param-gather}, "
         "{--tp-comm-overlap}, {--moe-grouped-gemm}, {--use-te-activation-func}, "
         "{--fused-residual-rmsnorm}, {--use-transformer-engine-op-fuser}, "
         "{--te-precision-config-file}, {--moe-single-grouped-weight}, {--moe-single-grouped-bias}, "

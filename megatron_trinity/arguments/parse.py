@@ -22,7 +22,7 @@ from megatron_trinity.arguments.installed import (
     gpu_argument_defaults,
     refuse_what_is_not_installed,
 )
-from megatron_trinity.arguments.kernels import add_kernel_arguments
+from megatron_trinity.arguments.kernels import add_kernel_arguments, derive_kernels
 from megatron_trinity.arguments.loss import add_loss_arguments
 from megatron_trinity.arguments.machine import prepare_machine
 from megatron_trinity.arguments.model import add_model_arguments, derive_model
@@ -123,6 +123,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = off_standard(args, standard)
     refuse(args, LEAST_REFUSALS)
     derive_model(args)
+    derive_kernels(args)
     derive_schedule(args)
     if torch.cuda.is_available():
         refuse_what_is_not_installed(args, find_installed())

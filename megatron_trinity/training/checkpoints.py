@@ -7,7 +7,7 @@ pointer, in this order. Every load verifies against the manifest what it is abou
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,32 +152,38 @@ class WholeCheckpoints:
             )
 
     def _fault(self, path: Path) -> str | None:
-        """What is wrong with the files of an iteration, the same on every rank."""
-        try:
-            found = self._fault_of_share(path)
-        except TrinityError as error:
-            found = str(error).removeprefix(f"{path}: ")
-        everywhere: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, found)
-        return next((fault for fault in everywhere if fault is not None), None)
-
-    def _fault_of_share(self, path: Path) -> str | None:
-        """The same of the files, and of the objects that are no tensors, that this rank reads."""
-        mine = slice(dist.get_rank(), None, dist.get_world_size())
+        """What is wrong with an iteration, the same on every rank; each reads its share."""
         if not has_manifest(path):
             print_rank_0(f"WARNING: nothing says whether {path} is whole: it has no manifest")
-        elif self._args.verify_checkpoint:
-            files = read_manifest(path)
-            names = sorted(files, key=lambda name: files[name].bytes, reverse=True)
-            share = {name: files[name] for name in names[mine]}
-            if (fault := next(faults(path, share, checksums=True), None)) is not None:
-                return fault
-        if (path / METADATA).is_file():
-            # Whole files may hold what no reader takes for data, and Megatron fails at it late.
-            tensors = TorchDistTensors(path)
-            for key in tensors.object_keys()[mine]:
-                tensors.object(key)
-        return None
+        elif self._args.verify_checkpoint and (fault := _of_any_rank(_changed_file, path)):
+            return fault
+        # Whole files may hold what no reader takes for data, and Megatron fails at it late.
+        return _of_any_rank(_unreadable_object, path)
+
+
+def _of_any_rank(look: Callable[[Path, slice], str | None], path: Path) -> str | None:
+    """What `look` finds in the shares of all ranks, the first of it."""
+    try:
+        found = look(path, slice(dist.get_rank(), None, dist.get_world_size()))
+    except TrinityError as error:
+        found = str(error).removeprefix(f"{path}: ")
+    everywhere: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    return next((fault for fault in everywhere if fault is not None), None)
+
+
+def _changed_file(path: Path, share: slice) -> str | None:
+    files = read_manifest(path)
+    names = sorted(files, key=lambda name: files[name].bytes, reverse=True)[share]
+    return next(faults(path, {name: files[name] for name in names}, checksums=True), None)
+
+
+def _unreadable_object(path: Path, share: slice) -> str | None:
+    if (path / METADATA).is_file():
+        tensors = TorchDistTensors(path)
+        for key in tensors.object_keys()[share]:
+            tensors.object(key)
+    return None
 
 
 def _named_by(pointer: Path) -> int:

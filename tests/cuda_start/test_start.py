@@ -21,6 +21,8 @@ from tests.trainer import training_flags, write_dataset
 SAME = 2e-5
 PRESETS = ("nano", "tiny", "mini", "large")
 MUON = ("--optimizer", "muon")
+PORTABLE = ("--transformer-impl", "local")
+"""The stand-in of Transformer Engine has kernels and no layers: those have tests of their own."""
 SHARDED_ADAM = ("--use-distributed-optimizer", "--dataloader-inter-document-masking")
 
 
@@ -40,7 +42,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags_of(data: Path, *flags: str) -> list[str]:
     return training_flags(
-        data / "data", "--data-cache-path", str(data / "cache"), "--adam-eps", "1e-4", *flags
+        data / "data",
+        *("--data-cache-path", str(data / "cache"), "--adam-eps", "1e-4", *PORTABLE, *flags),
     )
 
 
@@ -59,7 +62,8 @@ def fusions(args: dict[str, Any]) -> list[bool]:
 @pytest.mark.parametrize("case", first(2, PACKAGES))
 def test_presets_start(machines: Machines, ranks: RankPools, case: str, preset: str) -> None:
     layouts = [(r.world_size, r.flags) for r in RECOMMENDED if r.preset == preset]
-    job = (jobs.built, preset, *(layouts or [(1, ())])[0])
+    world_size, flags = (layouts or [(1, ())])[0]
+    job = (jobs.built, preset, world_size, (*flags, *PORTABLE))
     held = machines[case].run(*job, world_size=1)
     assert held == ranks.run(*job, world_size=1)
     assert held[0] > 3.5e6
@@ -71,7 +75,8 @@ def test_defaults_follow_from_what_is_installed(machines: Machines, case: str) -
     te, apex = case in ("te", "both"), case in ("apex", "both")
     assert fusions(start["args"]) == [te, te, apex, True]
     assert start["args"]["distributed_backend"] == "nccl"
-    assert start["args"]["transformer_impl"] == "local"
+    assert start["args"]["transformer_impl"] == ("transformer_engine" if te else "local")
+    assert start["args"]["moe_grouped_gemm"] == te
     [line] = start["notes"]
     assert ("Transformer Engine 2.20.2" in line) == te
     assert ("needs NVIDIA's Apex" in line) == (not apex)
@@ -160,8 +165,12 @@ DEEP_EP_WAY = "DeepEP is not installed; leave it out, or build it from "
         ("bare", "--moe-grouped-gemm --tp-comm-overlap", TE_WAY),
         ("bare", "--moe-token-dispatcher-type flex", DEEP_EP_WAY),
         ("both", "--moe-token-dispatcher-type flex --moe-enable-deepep", DEEP_EP_WAY),
-        ("both", "--fp8-format hybrid", "would change nothing with --transformer-impl local"),
-        ("both", "--use-flash-attn", "would change nothing with --transformer-impl local"),
+        ("both", "--fp8-format hybrid", "of Trinity's layers is not proved yet; use --bf16"),
+        (
+            "both",
+            "--use-flash-attn --transformer-impl local",
+            "would change nothing with --transformer-impl local",
+        ),
         ("bare", "--overlap-moe-expert-parallel-comm", "use --moe-shared-expert-overlap"),
         ("bare", "--cuda-graph-impl local", "replay a layer with the documents of another"),
         ("both", "--optimizer-cuda-graph --optimizer adam", "a CUDA graph would"),

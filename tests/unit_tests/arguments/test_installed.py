@@ -44,6 +44,12 @@ def test_defaults(installed: Installed, on: set[str]) -> None:
     defaults = gpu_argument_defaults(installed)
     # The core attention has a softmax of its own, whatever is installed.
     assert defaults.pop("masked_softmax_fusion") is False
+    layers = defaults.pop("transformer_impl")
+    assert layers == (
+        "transformer_engine"
+        if installed.transformer_engine in ("2.20.2", "2.20.2+abc", "2.1.0.dev0")
+        else "local"
+    )
     assert defaults == {dest: dest in on for dest in (ROPE, PERMUTE, SWIGLU, WGRAD)}
 
 
@@ -106,20 +112,23 @@ def test_every_flag_that_needs_a_library_needs_cuda() -> None:
         (
             NOTHING,
             set(),
-            "kernels: those of torch; fused: nothing; not fused: RoPE (needs Transformer Engine), "
+            "layers: portable; kernels: those of torch; fused: nothing; not fused: RoPE (needs "
+            "Transformer Engine), "
             "the permutation of tokens (needs Transformer Engine and Triton), SwiGLU (needs Triton "
             "with a C compiler), the accumulation of gradients (needs NVIDIA's Apex)",
         ),
         (
             ALL,
             {ROPE},
-            "kernels: Transformer Engine 2.20.2, Apex, DeepEP, Triton; fused: the permutation of "
+            "layers: of Transformer Engine; kernels: Transformer Engine 2.20.2, Apex, DeepEP, "
+            "Triton; fused: the permutation of "
             "tokens, SwiGLU, the accumulation of gradients; not fused: RoPE (as asked)",
         ),
         (
             ALL,
             set(),
-            "kernels: Transformer Engine 2.20.2, Apex, DeepEP, Triton; fused: RoPE, the "
+            "layers: of Transformer Engine; kernels: Transformer Engine 2.20.2, Apex, DeepEP, "
+            "Triton; fused: RoPE, the "
             "permutation of tokens, SwiGLU, the accumulation of gradients",
         ),
     ],

@@ -305,11 +305,13 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"mtp_num_layers": 1},
         {"hybrid_layer_pattern": "M*M*"},
     ],
-    "layers-of-others": [
+    "low-precision": [
         {"fp8": "hybrid"},
         {"fp4": "e2m1"},
         {"fp8_param_gather": True, "optimizer": "adam"},
         {"fp4_param_gather": True, "optimizer": "adam"},
+    ],
+    "layers-of-others": [
         {"tp_comm_overlap": True},
         {"moe_grouped_gemm": True},
         {"use_te_activation_func": True},
@@ -336,7 +338,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "a window of one token": {"sliding_window": 1},
     "an exchange in any order": {"moe_token_dispatcher_type": "flex"},
     "attention of torch's own choice": {"attention_backend": "auto"},
-    "other layers": {"transformer_impl": "transformer_engine", "fp8": "hybrid"},
+    "other layers": {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True},
     "every layer global": {"global_attn_every_n_layers": 1},
     "no dense layer": {"num_dense_layers": 0},
     "one MoE layer": {"num_dense_layers": 3},

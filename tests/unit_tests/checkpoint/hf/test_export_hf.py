@@ -312,7 +312,10 @@ def test_a_pointer_to_an_iteration_that_is_gone(
     shutil.copytree(checkpoint, load)
     (load / "iter_0000002/.metadata").unlink()
     message = refusal(ranks, load, tmp_path / "hf")
-    assert "names iter_0000002, which has no .metadata: it is not whole" in message
+    assert (
+        "iter_0000002 is the newest that was saved, which has no .metadata: it is not whole"
+        in message
+    )
     assert message.endswith("name the directory of another iteration")
 
 
