@@ -22,7 +22,7 @@ SEED = 20
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kills", [len(MODES), slow(30)])
+@pytest.mark.parametrize("kills", [slow(len(MODES)), slow(30)])
 def test_a_killed_run_goes_on_from_a_whole_checkpoint(tmp_path: Path, kills: int) -> None:
     killed = kill_saves(tmp_path / "kills", kills, SEED, print)
     assert killed.total() == kills

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_trinity.optimizer.newton_schulz import flops
+from tests.crosses import slow
 from tests.distributed.pool import RankPools
 from tests.optimizer import (
     Part,
@@ -164,7 +165,11 @@ def check(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], start: Any) -
         assert (got[name] - tensor).norm() <= 1e-4 * (tensor - start[name]).norm(), name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+QUICK = ("one rank", "DP 4, two instances", "TP 2, DP 2 sharded", "PP 2", "EP 2")
+ALL = [layout if layout in QUICK else slow(layout) for layout in LAYOUTS]
+
+
+@pytest.mark.parametrize("layout", ALL)
 def test_an_update_is_that_of_plain_optimizers(
     ranks: RankPools, shapes: dict[str, tuple[int, ...]], layout: str
 ) -> None:
@@ -227,7 +232,7 @@ def state_of_rank(
     return kept, optimizer.work()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL)
 def test_each_matrix_is_the_work_of_one_rank(
     ranks: RankPools, shapes: dict[str, tuple[int, ...]], layout: str
 ) -> None:

@@ -27,6 +27,7 @@ from tests.broken_runs import (
     warnings_of,
 )
 from tests.checkpoints import Payload, check_whole, flip_bit
+from tests.crosses import first, slow
 from tests.distributed.pool import RankPools
 from tests.steps import recorded
 from tests.trainer import run_trainer
@@ -101,7 +102,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", first(5, FAULTS))
 def test_a_fault_is_skipped_or_refused(
     ranks: RankPools, folder: Path, run: Path, tmp_path: Path, fault: str
 ) -> None:
@@ -141,13 +142,16 @@ def test_a_fault_is_skipped_or_refused(
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [
-        ("1", None),
-        ("7", "it names iter_0000007, which is not there"),
-        ("garbage", "it names no iteration"),
-        ("", "it names no iteration"),
-        (None, None),
-    ],
+    first(
+        2,
+        [
+            ("1", None),
+            ("7", "it names iter_0000007, which is not there"),
+            ("garbage", "it names no iteration"),
+            ("", "it names no iteration"),
+            (None, None),
+        ],
+    ),
 )
 def test_the_pointer_is_a_hint(
     ranks: RankPools,
@@ -263,7 +267,7 @@ def test_pretrained_weights_are_verified_as_well(
     assert (tmp_path / "other" / POINTER).read_text() == str(STEPS)
 
 
-@pytest.mark.parametrize("background", [[], ["--async-save"]])
+@pytest.mark.parametrize("background", [[], slow(["--async-save"])])
 def test_what_is_kept(ranks: RankPools, folder: Path, run: Path, background: list[str]) -> None:
     """Of 1, 2, 3 (broken) and 4: the newest, and what 2 divides; and no leftovers of others."""
     (run / NEWEST / MANIFEST).unlink()
@@ -283,14 +287,22 @@ def test_what_is_kept(ranks: RankPools, folder: Path, run: Path, background: lis
 @pytest.mark.parametrize(
     ("world_size", "full"),
     # The others are of rank 0 alone; the launcher would end the ranks that wait for it.
-    [(2, "__1_0.distcp"), (1, ".metadata.tmp"), (1, f".{MANIFEST}.new"), (1, f".{POINTER}.new")],
+    first(
+        2,
+        [
+            (2, "__1_0.distcp"),
+            (1, f".{POINTER}.new"),
+            (1, ".metadata.tmp"),
+            (1, f".{MANIFEST}.new"),
+        ],
+    ),
 )
 def test_a_disk_that_fills_up(
     ranks: RankPools, folder: Path, tmp_path: Path, world_size: int, full: str
 ) -> None:
     run = tmp_path / "run"
-    first = flags_of(folder, run, "--exit-interval", "1")
-    assert ranks.run(run_trainer, first, world_size=world_size) == [0] * world_size
+    once = flags_of(folder, run, "--exit-interval", "1")
+    assert ranks.run(run_trainer, once, world_size=world_size) == [0] * world_size
     before = listing(run)
     flags = flags_of(folder, run)
     code, error, _ = ranks.run(train_full_disk, flags, full, world_size=world_size)[0]
@@ -311,7 +323,7 @@ def test_a_disk_that_fills_up(
     assert (run / POINTER).read_text() == str(STEPS)
 
 
-@pytest.mark.parametrize("background", [[], ["--async-save"]])
+@pytest.mark.parametrize("background", [[], slow(["--async-save"])])
 def test_a_disk_that_is_full(
     ranks: RankPools, folder: Path, tmp_path: Path, background: list[str]
 ) -> None:
