@@ -1,4 +1,4 @@
-"""The routed experts of the portable layer spec: one product over all experts of a rank.
+"""The routed experts of the portable layer spec: all experts of a rank at once.
 
 Parameters, their names and attributes, and checkpoints are those of Megatron's `SequentialMLP`.
 
@@ -8,16 +8,13 @@ expert (of this rank's part of it under expert tensor parallelism).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from megatron_trinity.model.grouped_product import product_by_group
 
 
 class ColumnParallelWeight(ColumnParallelLinear):
@@ -57,54 +54,9 @@ class GroupedExperts(SequentialMLP):
             probabilities: `[t]`, fp32.
         Returns: `[t, h]` in the dtype of `tokens`, and no bias.
         """
-        counts = tokens_per_expert.tolist()
         fc1 = [expert.linear_fc1() for expert in self.local_experts]
         fc2 = [expert.linear_fc2() for expert in self.local_experts]
-        gate, up = grouped_linear(tokens, counts, fc1).chunk(2, dim=-1)
+        product = product_by_group(tokens, tokens_per_expert, (*fc1[0].shape, *fc2[0].shape))
+        gate, up = product(tokens, fc1).chunk(2, dim=-1)
         weighted = F.silu(gate) * up * probabilities.unsqueeze(-1)
-        return grouped_linear(weighted.to(tokens.dtype), counts, fc2), None
-
-
-def grouped_linear(tokens: Tensor, counts: Sequence[int], weights: Sequence[Tensor]) -> Tensor:
-    """Multiply each group of rows by its own matrix.
-
-    Args:
-        tokens: `[t, i]`, sorted by group.
-        counts: rows of each group, t in all.
-        weights: for each group, `[o, i]`.
-    Returns: `[t, o]`.
-    """
-    result: Tensor = _GroupedLinear.apply(tokens, counts, *weights)
-    return result
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """A product for each group, all into one tensor, in both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, counts: Sequence[int], *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, *weights)
-        ctx.counts = counts
-        output = tokens.new_empty(tokens.shape[0], weights[0].shape[0])
-        parts = zip(output.split(counts), tokens.split(counts), weights, strict=True)
-        for out, rows, weight in parts:
-            torch.mm(rows, weight.t(), out=out)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, *weights = ctx.saved_tensors
-        of_tokens = torch.empty_like(tokens)
-        of_weights = []
-        for of_rows, rows, weight, of_output in zip(
-            of_tokens.split(ctx.counts),
-            tokens.split(ctx.counts),
-            weights,
-            gradient.split(ctx.counts),
-            strict=True,
-        ):
-            torch.mm(of_output, weight, out=of_rows)
-            # Zeros, not None, for an expert without tokens, as Megatron's linear layers give.
-            of_weights.append(of_output.t() @ rows)
-        return of_tokens, None, *of_weights
+        return product(weighted.to(tokens.dtype), fc2), None
