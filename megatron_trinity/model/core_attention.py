@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_trinity.model.architecture import CP_COMM_TYPES
 from megatron_trinity.model.attention import causal_attention, window_attention
@@ -25,6 +26,12 @@ from megatron_trinity.model.context_parallel import (
     sequence_to_heads,
 )
 from megatron_trinity.model.documents import Documents
+from megatron_trinity.model.flexible_attention import (
+    document_mask,
+    flexible_attention,
+    is_flexible,
+    window_mask,
+)
 
 
 class PortableCoreAttention(MegatronModule):
@@ -61,6 +68,7 @@ class PortableCoreAttention(MegatronModule):
         self.cp_comm_type = cp_comm_type
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self.window = layer_window(config, layer_number)
+        self.flexible = config.attention_backend != AttnBackend.unfused
 
     def forward(
         self,
@@ -75,18 +83,16 @@ class PortableCoreAttention(MegatronModule):
         """`[s, b, n, d]` queries and `[s, b, g, d]` keys and values to `[s, b, n * d]`."""
         if attention_mask is not None or attention_bias is not None:
             raise ValueError("the portable core attention takes no mask and no bias")
-        starts = None
-        if packed_seq_params is not None:
-            if not isinstance(packed_seq_params, Documents):
-                raise ValueError("the portable core attention takes documents, not packed tokens")
-            starts = packed_seq_params.starts
+        documents = packed_seq_params
+        if documents is not None and not isinstance(documents, Documents):
+            raise ValueError("the portable core attention takes documents, not packed tokens")
         if self.cp_group is None:
-            context = self._attend(query, key, value, starts)
+            context = self._attend(query, key, value, documents)
         elif self.cp_comm_type == "a2a":
             q, k, v = (sequence_to_heads(t, self.cp_group) for t in (query, key, value))
-            context = heads_to_sequence(self._attend(q, k, v, starts), self.cp_group)
+            context = heads_to_sequence(self._attend(q, k, v, documents), self.cp_group)
         else:
-            context = self._attend_in_chunks(query, key, value, starts, self.cp_group)
+            context = self._attend_in_chunks(query, key, value, documents, self.cp_group)
         return context.flatten(2)
 
     def _attend_in_chunks(
@@ -94,7 +100,7 @@ class PortableCoreAttention(MegatronModule):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        starts: Tensor | None,
+        documents: Documents | None,
         group: ProcessGroup,
     ) -> Tensor:
         """Each of this rank's two chunks of queries over all keys that it can see."""
@@ -109,20 +115,39 @@ class PortableCoreAttention(MegatronModule):
         contexts = []
         for chunk, rows, keys in zip(chunks, query.chunk(2), seen, strict=True):
             first = (chunk + 1) * length - keys.shape[0]  # position of the first key
-            of_rows = None
-            if starts is not None:
-                of_rows = (starts[:, chunk * length : (chunk + 1) * length] - first).clamp(min=0)
             k, v = keys.chunk(2, dim=-1)
-            contexts.append(self._attend(rows, k, v, of_rows))
+            part = None if documents is None else documents.part(chunk * length, length, first)
+            contexts.append(self._attend(rows, k, v, part))
         return torch.cat(contexts)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None
+    ) -> Tensor:
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        if self.window is None:
+        starts = None if documents is None else documents.starts
+        window = self.window if self.window is not None and self.window < k.shape[2] else None
+        # Causal attention of whole sequences is torch's own kernel.
+        plain = window is None and starts is None and q.shape[2] == k.shape[2]
+        if self.flexible and not plain and is_flexible(q):
+            mask = _block_mask(q, k, window, documents)
+            context = flexible_attention(q, k, v, self.softmax_scale, mask)
+        elif window is None:
             context = causal_attention(q, k, v, self.softmax_scale, starts)
         else:
-            context = window_attention(q, k, v, self.window, self.softmax_scale, starts)
+            context = window_attention(q, k, v, window, self.softmax_scale, starts)
         return context.permute(2, 0, 1, 3)
+
+
+def _block_mask(
+    query: Tensor, key: Tensor, window: int | None, documents: Documents | None
+) -> BlockMask:
+    """Made once for all layers with this window."""
+    if documents is None:
+        return window_mask(query.shape[0], query.shape[2], key.shape[2], window, query.device)
+    if window not in documents.masks:
+        documents.masks[window] = document_mask(documents.starts, key.shape[2], window)
+    mask: BlockMask = documents.masks[window]
+    return mask
 
 
 def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
