@@ -8,11 +8,15 @@ expert (of this rank's part of it under expert tensor parallelism).
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_trinity.model.grouped_product import product_by_group
 
@@ -57,6 +61,42 @@ class GroupedExperts(SequentialMLP):
         fc1 = [expert.linear_fc1() for expert in self.local_experts]
         fc2 = [expert.linear_fc2() for expert in self.local_experts]
         product = product_by_group(tokens, tokens_per_expert, (*fc1[0].shape, *fc2[0].shape))
-        gate, up = product(tokens, fc1).chunk(2, dim=-1)
+        return product(weighted_swiglu(product(tokens, fc1), probabilities), fc2), None
+
+
+def weighted_swiglu(gate_and_up: Tensor, probabilities: Tensor) -> Tensor:
+    """`silu(gate) * up` times a factor a row.
+
+    Args:
+        gate_and_up: `[t, 2f]`.
+        probabilities: `[t]`, fp32.
+    Returns: `[t, f]` in the dtype of `gate_and_up`.
+    """
+    result: Tensor = _WeightedSwiGLU.apply(gate_and_up, probabilities)
+    return result
+
+
+class _WeightedSwiGLU(torch.autograd.Function):
+    """Autograd's own steps, but with silu and its product computed again and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor, probabilities: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_up, probabilities)
+        gate, up = gate_and_up.chunk(2, dim=-1)
         weighted = F.silu(gate) * up * probabilities.unsqueeze(-1)
-        return product(weighted.to(tokens.dtype), fc2), None
+        return weighted.to(gate_and_up.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate_and_up, probabilities = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        of_weighted = gradient.to(probabilities.dtype)
+        of_probabilities = (of_weighted * (activated * up)).sum(dim=-1)
+        of_product = (of_weighted * probabilities.unsqueeze(-1)).to(gate_and_up.dtype)
+        of_both = torch.empty_like(gate_and_up)
+        of_gate, of_up = of_both.chunk(2, dim=-1)
+        torch.mul(of_product, activated, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=of_gate)
+        return of_both, of_probabilities

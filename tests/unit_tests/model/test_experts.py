@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_trinity.model import grouped_product
-from megatron_trinity.model.experts import GroupedExperts
+from megatron_trinity.model.experts import GroupedExperts, weighted_swiglu
 from megatron_trinity.model.grouped_product import grouped_linear
 from tests.distributed.pool import RankPools
+from tests.live_bytes import SavedBytes
 from tests.trinity import afmoe_config, build, parse
 
 COUNTS = (3, 0, 17, 1)
@@ -79,6 +80,29 @@ def test_a_gradient_that_is_not_contiguous() -> None:
     torch.testing.assert_close(
         got, torch.autograd.grad(looped(tokens, weights), tokens, cotangent)[0]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [0, 37])
+def test_weighted_swiglu_keeps_its_inputs_alone(dtype: torch.dtype, rows: int) -> None:
+    """And gives what autograd gives, bit by bit."""
+    generator = torch.Generator().manual_seed(3)
+    both = torch.randn(rows, 2 * WIDTH, generator=generator).to(dtype).requires_grad_()
+    factors = torch.rand(rows, generator=generator).requires_grad_()
+    cotangent = torch.randn(rows, WIDTH, generator=generator).to(dtype)
+    gate, up = both.chunk(2, dim=-1)
+    want = (F.silu(gate) * up * factors.unsqueeze(-1)).to(dtype)
+    with SavedBytes() as saved:
+        got = weighted_swiglu(both, factors)
+    assert saved.without(both, factors) == 0
+    pairs = zip(
+        (got, *torch.autograd.grad(got, (both, factors), cotangent)),
+        (want, *torch.autograd.grad(want, (both, factors), cotangent)),
+        strict=True,
+    )
+    for have, expected in pairs:
+        assert have.dtype == expected.dtype
+        assert torch.equal(have, expected)
 
 
 @contextmanager
