@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from megatron_trinity.model import grouped_product
 from megatron_trinity.model.experts import GroupedExperts, weighted_swiglu
 from megatron_trinity.model.grouped_product import grouped_linear
 from tests.distributed.pool import RankPools
+from tests.gpu_forms import as_if_kernel
 from tests.live_bytes import SavedBytes
 from tests.trinity import afmoe_config, build, parse
 
@@ -103,16 +101,6 @@ def test_weighted_swiglu_keeps_its_inputs_alone(dtype: torch.dtype, rows: int) -
     for have, expected in pairs:
         assert have.dtype == expected.dtype
         assert torch.equal(have, expected)
-
-
-@contextmanager
-def as_if_kernel(there: bool = True) -> Iterator[Mock]:
-    """Take torch's grouped product, which has a form for the CPU; yields what counts its calls."""
-    with (
-        patch.object(grouped_product, "has_kernel", lambda device, dtype: there),
-        patch.object(F, "grouped_mm", wraps=F.grouped_mm) as calls,
-    ):
-        yield calls
 
 
 @pytest.mark.parametrize("spare", [0, 8], ids=["apart", "evenly spaced"])

@@ -3,8 +3,6 @@ formula: forward and backward, by the dense form that torch has of its kernel.""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import Mock, patch
 
@@ -12,38 +10,21 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from torch import Tensor
-from torch.nn.attention import flex_attention as torchs
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_trinity.model import core_attention, flexible_attention
+from megatron_trinity.model import flexible_attention
 from megatron_trinity.model.context_parallel import this_rank_part
 from megatron_trinity.model.core_attention import PortableCoreAttention
 from megatron_trinity.model.documents import Documents
 from tests.distributed.pool import RankPools
+from tests.gpu_forms import as_if_flexible
 from tests.unit_tests.model.test_attention import core_config
 
 LENGTH, BATCH, HEADS, GROUPS, SIZE = 40, 2, 4, 2, 16
 CU_SEQLENS = ((0, 3, 19, 24, 40), (0, 40, 40, 40, 40))
 SEES_ALL, WINDOW = 4, 1  # layers; the window is of 7 tokens
 PARTS = [(21, 21), (24, 24), (21, 33), (8, 40), (1, 1)]  # queries and keys
-
-
-@contextmanager
-def as_if_flexible(block: int = 8) -> Iterator[Mock]:
-    """Take block masks on a CPU, where torch refuses gradients; yields what counts the calls."""
-    with ExitStack() as patches:
-        patches.enter_context(patch.object(torchs, "_validate_device", lambda *tensors: None))
-        patches.enter_context(
-            patch.object(torchs, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", new=True)
-        )
-        patches.enter_context(patch.object(flexible_attention, "BLOCK", block))
-        flexible_attention.window_mask.cache_clear()
-        patches.callback(flexible_attention.window_mask.cache_clear)
-        calls = Mock(wraps=torchs.flex_attention)
-        patches.enter_context(patch.object(flexible_attention, "kernel", lambda: calls))
-        patches.enter_context(patch.object(core_attention, "is_flexible", lambda query: True))
-        yield calls
 
 
 def core(layer: int, backend: AttnBackend = AttnBackend.auto, **arguments: Any) -> Any:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tests.distributed.pool import RankPools
+from tests.gpu_forms import as_if_kernel, as_if_norm_kernels
 from tests.trinity import afmoe_config, build, parse
 
 LENGTH, BATCH = 32, 2
@@ -31,9 +30,8 @@ def kept_in_fp32(rank: int, world_size: int) -> dict[tuple[int, ...], int]:
     tokens = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
     positions = torch.arange(LENGTH).expand(BATCH, -1)
     with (
-        patch("megatron_trinity.model.norm.has_kernels", lambda hidden: True),
-        patch("megatron_trinity.model.grouped_product.has_kernel", lambda device, dtype: True),
-        patch.object(F, "grouped_mm", wraps=F.grouped_mm) as products,
+        as_if_norm_kernels(),
+        as_if_kernel() as products,
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         model(tokens, positions, None, labels=tokens)

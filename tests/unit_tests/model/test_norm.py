@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_trinity.model.norm import PostNormAdd, TrinityRMSNorm
 from tests.distributed.pool import RankPools
+from tests.gpu_forms import as_if_norm_kernels
 from tests.live_bytes import SavedBytes
 from tests.trinity import afmoe_config, build, parse
 
@@ -121,30 +122,9 @@ def test_bf16_gradients_are_rounded_once_and_the_gain_has_fp32() -> None:
 
 @pytest.fixture(params=[False, True], ids=["formula", "kernels"])
 def by_kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Also as on a GPU, with the formula in the place of the one kernel that a CPU lacks."""
-    if not request.param:
-        yield False
-        return
-
-    def backward(
-        of_output: torch.Tensor,
-        x: torch.Tensor,
-        shape: Any,
-        r: torch.Tensor,
-        w: torch.Tensor,
-        _: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert {tensor.dtype for tensor in (of_output, x, r, w)} == {torch.float32}
-        assert tuple(shape) == w.shape
-        along = (of_output * w * x).mean(dim=-1, keepdim=True)
-        of_gain = (of_output * x * r).flatten(0, -2).sum(dim=0)
-        return r * (of_output * w - x * r.square() * along), of_gain
-
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_fused_rms_norm_backward", backward, "CPU")
-    with patch("megatron_trinity.model.norm.has_kernels", lambda hidden: True):
-        yield True
-    library._destroy()
+    """Also as on a GPU."""
+    with as_if_norm_kernels() if request.param else nullcontext():
+        yield request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
