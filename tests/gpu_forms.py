@@ -1,4 +1,4 @@
-"""The forms that a GPU takes, on a CPU, with torch's stand-ins for its kernels where it has them."""
+"""The forms that a GPU takes, on a CPU, with torch's stand-ins for its kernels."""
 
 from __future__ import annotations
 
