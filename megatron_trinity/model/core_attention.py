@@ -10,12 +10,13 @@ from abc import abstractmethod
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_trinity.model.architecture import CP_COMM_TYPES
 from megatron_trinity.model.attention import causal_attention, window_attention
@@ -27,6 +28,12 @@ from megatron_trinity.model.context_parallel import (
     sequence_to_heads,
 )
 from megatron_trinity.model.documents import Documents
+from megatron_trinity.model.flexible_attention import (
+    document_mask,
+    flexible_attention,
+    is_flexible,
+    window_mask,
+)
 
 
 class TrinityCoreAttention(MegatronModule):
@@ -136,17 +143,36 @@ class PortableCoreAttention(TrinityCoreAttention):
         self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None, position: int
     ) -> Tensor:
         """As the base class says."""
-        starts = None
+        part = None
         if documents is not None:
             rows = query.shape[0]
-            first = position + rows - key.shape[0]  # position of the first key
-            starts = (documents.starts[:, position : position + rows] - first).clamp(min=0)
+            part = documents.part(position, rows, position + rows - key.shape[0])
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        if self.window is None:
+        starts = None if part is None else part.starts
+        window = self.window if self.window is not None and self.window < k.shape[2] else None
+        # Causal attention of whole sequences is torch's own kernel.
+        plain = window is None and starts is None and q.shape[2] == k.shape[2]
+        flexible = self.config.attention_backend != AttnBackend.unfused
+        if flexible and not plain and is_flexible(q):
+            mask = _block_mask(q, k, window, part)
+            context = flexible_attention(q, k, v, self.softmax_scale, mask)
+        elif window is None:
             context = causal_attention(q, k, v, self.softmax_scale, starts)
         else:
-            context = window_attention(q, k, v, self.window, self.softmax_scale, starts)
+            context = window_attention(q, k, v, window, self.softmax_scale, starts)
         return context.permute(2, 0, 1, 3)
+
+
+def _block_mask(
+    query: Tensor, key: Tensor, window: int | None, documents: Documents | None
+) -> BlockMask:
+    """Made once for all layers with this window."""
+    if documents is None:
+        return window_mask(query.shape[0], query.shape[2], key.shape[2], window, query.device)
+    if window not in documents.masks:
+        documents.masks[window] = document_mask(documents.starts, key.shape[2], window)
+    mask: BlockMask = documents.masks[window]
+    return mask
 
 
 def layer_window(config: TransformerConfig, layer_number: int) -> int | None:

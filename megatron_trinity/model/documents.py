@@ -5,8 +5,9 @@ Shapes: b sequences of the micro-batch, s tokens of a whole sequence, D document
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -44,11 +45,15 @@ class Documents(PackedSeqParams):
         starts: `[b, s]` int64, position of the first token of each token's document.
         ids: `[b, s]` int64, number of each token's document, 0 to D - 1 over all sequences.
         lengths: `[D]` int64.
+        masks: what attention has made of `starts`, by window.
+        parts: of the sequence, by their first token and the first key that they see.
     """
 
     starts: Tensor
     ids: Tensor
     lengths: Tensor
+    masks: dict[int | None, Any] = field(default_factory=dict, repr=False)
+    parts: dict[tuple[int, int], Documents] = field(default_factory=dict, repr=False)
     _segments: dict[tuple[int, int, int], Segments] = field(default_factory=dict, repr=False)
     _ends: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
@@ -113,3 +118,10 @@ class Documents(PackedSeqParams):
             ids=ids,
             lengths=torch.bincount(ids.flatten()),
         )
+
+    def part(self, begin: int, length: int, first: int) -> Documents:
+        """Of the tokens from `begin` on, counted in keys that begin with token `first`."""
+        if (begin, first) not in self.parts:
+            starts = (self.starts[:, begin : begin + length] - first).clamp(min=0)
+            self.parts[begin, first] = replace(self, starts=starts, masks={}, parts={})
+        return self.parts[begin, first]

@@ -1,4 +1,4 @@
-"""The routed experts of the portable layer spec: one product over all experts of a rank.
+"""The routed experts of the portable layer spec: all experts of a rank at once.
 
 Parameters, their names and attributes, and checkpoints are those of Megatron's `SequentialMLP`.
 
@@ -8,7 +8,6 @@ expert (of this rank's part of it under expert tensor parallelism).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatron_trinity.model.grouped_product import product_by_group
 
 
 class ColumnParallelWeight(ColumnParallelLinear):
@@ -57,54 +58,45 @@ class GroupedExperts(SequentialMLP):
             probabilities: `[t]`, fp32.
         Returns: `[t, h]` in the dtype of `tokens`, and no bias.
         """
-        counts = tokens_per_expert.tolist()
         fc1 = [expert.linear_fc1() for expert in self.local_experts]
         fc2 = [expert.linear_fc2() for expert in self.local_experts]
-        gate, up = grouped_linear(tokens, counts, fc1).chunk(2, dim=-1)
-        weighted = F.silu(gate) * up * probabilities.unsqueeze(-1)
-        return grouped_linear(weighted.to(tokens.dtype), counts, fc2), None
+        product = product_by_group(tokens, tokens_per_expert, (*fc1[0].shape, *fc2[0].shape))
+        return product(weighted_swiglu(product(tokens, fc1), probabilities), fc2), None
 
 
-def grouped_linear(tokens: Tensor, counts: Sequence[int], weights: Sequence[Tensor]) -> Tensor:
-    """Multiply each group of rows by its own matrix.
+def weighted_swiglu(gate_and_up: Tensor, probabilities: Tensor) -> Tensor:
+    """`silu(gate) * up` times a factor a row.
 
     Args:
-        tokens: `[t, i]`, sorted by group.
-        counts: rows of each group, t in all.
-        weights: for each group, `[o, i]`.
-    Returns: `[t, o]`.
+        gate_and_up: `[t, 2f]`.
+        probabilities: `[t]`, fp32.
+    Returns: `[t, f]` in the dtype of `gate_and_up`.
     """
-    result: Tensor = _GroupedLinear.apply(tokens, counts, *weights)
+    result: Tensor = _WeightedSwiGLU.apply(gate_and_up, probabilities)
     return result
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """A product for each group, all into one tensor, in both directions."""
+class _WeightedSwiGLU(torch.autograd.Function):
+    """Autograd's own steps, but with silu and its product computed again and not kept."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, counts: Sequence[int], *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens, *weights)
-        ctx.counts = counts
-        output = tokens.new_empty(tokens.shape[0], weights[0].shape[0])
-        parts = zip(output.split(counts), tokens.split(counts), weights, strict=True)
-        for out, rows, weight in parts:
-            torch.mm(rows, weight.t(), out=out)
-        return output
+    def forward(ctx: Any, gate_and_up: Tensor, probabilities: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_up, probabilities)
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        weighted = F.silu(gate) * up * probabilities.unsqueeze(-1)
+        return weighted.to(gate_and_up.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, *weights = ctx.saved_tensors
-        of_tokens = torch.empty_like(tokens)
-        of_weights = []
-        for of_rows, rows, weight, of_output in zip(
-            of_tokens.split(ctx.counts),
-            tokens.split(ctx.counts),
-            weights,
-            gradient.split(ctx.counts),
-            strict=True,
-        ):
-            torch.mm(of_output, weight, out=of_rows)
-            # Zeros, not None, for an expert without tokens, as Megatron's linear layers give.
-            of_weights.append(of_output.t() @ rows)
-        return of_tokens, None, *of_weights
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate_and_up, probabilities = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        of_weighted = gradient.to(probabilities.dtype)
+        of_probabilities = (of_weighted * (activated * up)).sum(dim=-1)
+        of_product = (of_weighted * probabilities.unsqueeze(-1)).to(gate_and_up.dtype)
+        of_both = torch.empty_like(gate_and_up)
+        of_gate, of_up = of_both.chunk(2, dim=-1)
+        torch.mul(of_product, activated, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(of_product.mul_(up), gate, grad_input=of_gate)
+        return of_both, of_probabilities

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -35,10 +34,6 @@ class TrinityRMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise `hidden` over its last dimension; same shape and dtype out."""
-        if hidden.is_cuda:
-            # torch has one kernel for each pass there.
-            normed = F.rms_norm(hidden.float(), self.weight.shape, self.weight, self.eps)
-            return normed.to(hidden.dtype)
         result: Tensor = _RMSNorm.apply(hidden, self.weight, self.eps)
         return result
 
@@ -51,8 +46,15 @@ class TrinityRMSNorm(nn.Module):
         return self
 
 
+def has_kernels(hidden: Tensor) -> bool:
+    """Whether torch has one kernel for each pass."""
+    return hidden.is_cuda
+
+
 class _RMSNorm(torch.autograd.Function):
     """RMSNorm with a backward in few passes: on a CPU, autograd's of the formula takes most of it.
+
+    It keeps `hidden` as it is, where torch's own would keep the fp32 copy.
 
     With r = 1 / sqrt(mean(x^2) + eps) and y = x r w, for the gradient g of y:
     dx = r (g w - x r^2 mean(g x w)) and dw = sum over tokens of g x r.
@@ -61,6 +63,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, gain: Tensor, eps: float) -> Tensor:
         x = hidden.float()
+        if has_kernels(hidden):
+            normed, reciprocal = torch.ops.aten._fused_rms_norm(x, gain.shape, gain, eps)
+            ctx.save_for_backward(hidden, gain, reciprocal)
+            return normed.to(hidden.dtype)
         squares = x.square()
         reciprocal = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, gain, reciprocal)
@@ -71,6 +77,11 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, gain, reciprocal = ctx.saved_tensors
+        if has_kernels(hidden):
+            of_x, of_gain = torch.ops.aten._fused_rms_norm_backward(
+                gradient.float(), hidden.float(), gain.shape, reciprocal, gain, [True, True]
+            )
+            return of_x.to(hidden.dtype), of_gain, None
         x, g = (tensor.float().reshape(-1, gain.numel()) for tensor in (hidden, gradient))
         r = reciprocal.flatten()
         product = g * x

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from torch import Tensor
 
 from megatron_trinity.model.attention import causal_attention, window_attention
@@ -198,6 +198,7 @@ def test_queries_beside_each_other_in_the_batch_do_not_mix(length: int) -> None:
 
 def core_config(**changes: Any) -> Any:
     values = {
+        "attention_backend": AttnBackend.auto,
         "attention_dropout": 0.0,
         "context_parallel_size": 1,
         "kv_channels": 16,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_trinity.model.norm import PostNormAdd, TrinityRMSNorm
 from tests.distributed.pool import RankPools
+from tests.gpu_forms import as_if_norm_kernels
+from tests.live_bytes import SavedBytes
 from tests.trinity import afmoe_config, build, parse
 
 WIDTH = 48
@@ -114,6 +118,34 @@ def test_bf16_gradients_are_rounded_once_and_the_gain_has_fp32() -> None:
     exact, of_gain_exact = gradients_of_the_formula(hidden, norm.weight, cotangent)
     assert ((of_hidden.double() - exact).abs() / exact.abs().clamp(min=1e-2)).max() <= 2**-8 * 1.001
     torch.testing.assert_close(of_gain.double(), of_gain_exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(params=[False, True], ids=["formula", "kernels"])
+def by_kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Also as on a GPU."""
+    with as_if_norm_kernels() if request.param else nullcontext():
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backward_pass_keeps_no_fp32_copy(by_kernels: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(8)
+    hidden, cotangent = torch.randn(2, 64, 3, WIDTH, generator=generator).to(dtype)
+    hidden.requires_grad_()
+    norm = norm_with_random_gain()
+    with SavedBytes() as saved:
+        out = norm(hidden)
+    assert saved.without(hidden, norm.weight) == 4 * 64 * 3  # a factor for each token
+    assert out.dtype == dtype
+    got = torch.autograd.grad(out, (hidden, norm.weight), cotangent)
+    exact = gradients_of_the_formula(hidden, norm.weight, cotangent)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    for have, want in zip((out, *got), (reference_of(hidden, norm), *exact), strict=True):
+        assert (have.double() - want).norm() <= tolerance * want.norm()
+
+
+def reference_of(hidden: torch.Tensor, norm: TrinityRMSNorm) -> torch.Tensor:
+    return torch.from_numpy(reference(hidden.detach(), norm.weight))
 
 
 def test_recompute_changes_nothing() -> None:
