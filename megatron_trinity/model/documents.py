@@ -46,14 +46,14 @@ class Documents(PackedSeqParams):
         ids: `[b, s]` int64, number of each token's document, 0 to D - 1 over all sequences.
         lengths: `[D]` int64.
         masks: what attention has made of `starts`, by window.
-        parts: of the sequence, by their first token and the first key that they see.
+        parts: of the sequence, by their first token, their length and the first key that they see.
     """
 
     starts: Tensor
     ids: Tensor
     lengths: Tensor
     masks: dict[int | None, Any] = field(default_factory=dict, repr=False)
-    parts: dict[tuple[int, int], Documents] = field(default_factory=dict, repr=False)
+    parts: dict[tuple[int, int, int], Documents] = field(default_factory=dict, repr=False)
     _segments: dict[tuple[int, int, int], Segments] = field(default_factory=dict, repr=False)
     _ends: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
@@ -121,7 +121,10 @@ class Documents(PackedSeqParams):
 
     def part(self, begin: int, length: int, first: int) -> Documents:
         """Of the tokens from `begin` on, counted in keys that begin with token `first`."""
-        if (begin, first) not in self.parts:
+        if (begin, length, first) == (0, self.starts.shape[1], 0):
+            return self
+        run = (begin, length, first)
+        if run not in self.parts:
             starts = (self.starts[:, begin : begin + length] - first).clamp(min=0)
-            self.parts[begin, first] = replace(self, starts=starts, masks={}, parts={})
-        return self.parts[begin, first]
+            self.parts[run] = replace(self, starts=starts, masks={}, parts={})
+        return self.parts[run]
