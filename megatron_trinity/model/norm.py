@@ -36,11 +36,14 @@ class TrinityRMSNorm(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise `hidden` over its last dimension; same shape and dtype out."""
         if hidden.is_cuda:
-            # torch has one kernel for each pass there.
-            normed = F.rms_norm(hidden.float(), self.weight.shape, self.weight, self.eps)
-            return normed.to(hidden.dtype)
+            return self.on_gpu(hidden)
         result: Tensor = _RMSNorm.apply(hidden, self.weight, self.eps)
         return result
+
+    def on_gpu(self, hidden: Tensor) -> Tensor:
+        """The same where torch has one kernel for each pass."""
+        normed = F.rms_norm(hidden.float(), self.weight.shape, self.weight, self.eps)
+        return normed.to(hidden.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrinityRMSNorm:
         # A cast to bf16 and back would round the gain: keep its value, follow only the device.

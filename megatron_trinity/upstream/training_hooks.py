@@ -74,8 +74,8 @@ class TrainingHooks(Protocol):
 _hooks: TrainingHooks | None = None
 
 
-def set_training_hooks(hooks: TrainingHooks) -> None:
-    """Call `hooks` from now on, in the place of those that were set before.
+def set_training_hooks(hooks: TrainingHooks | None) -> None:
+    """Call `hooks` from now on, or nothing, in the place of those that were set before.
 
     Values are averaged over the steps between two log lines, as losses are. Ranks that know no loss
     (all but those of the last pipeline stage) log nothing, as before.

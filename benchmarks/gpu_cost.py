@@ -1,0 +1,410 @@
+"""What does a training step cost a GPU? Counted on a CPU: launches, host syncs, bytes.
+
+One rank of EP 8 of a small `nano`, the other seven fake: forward, backward, optimizer, and all that
+runs behind the step. Widths, sequence, window and vocabulary are divided by `--scale`, with fewer
+layers; experts, heads and experts a token are those of `nano`. Ours beside megatron-core's own
+GPTModel of its local spec, with the same arguments: the same sizes, experts and optimizer, no
+sandwich norm, no logsumexp and largest logit of the tokens.
+
+Operations are those that torch dispatches on a CPU, with the norms and SwiGLU of a GPU in their
+place on both sides. The tokens that fake ranks send are this rank's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_trinity.command_line.parser import command_parser
+from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
+from megatron_trinity.errors import UsageError, run_command
+
+EXAMPLE = """example:
+  OMP_NUM_THREADS=1 python benchmarks/gpu_cost.py
+"""
+
+RANKS = 8
+NANO = {
+    "hidden-size": 1024,
+    "ffn-hidden-size": 3072,
+    "kv-channels": 128,
+    "moe-ffn-hidden-size": 256,
+    "seq-length": 4096,
+    "sliding-window": 2048,
+    "vocab-size": 200192,
+}
+"""Of `nano`, what is divided by `--scale`."""
+
+KINDS = ("dense layer", "MoE layer, local", "MoE layer, global")
+EXPERTS = ", routed experts"
+HEAD, GRADIENTS, OPTIMIZER, BEHIND = "head and loss", "gradients", "optimizer", "behind the step"
+EMBEDDING = "embedding and batch"
+WARM_UP = 2
+
+
+@dataclass
+class Counts:
+    """Of one step, by part; `kept` is what its forward pass keeps."""
+
+    launches: Counter[str] = field(default_factory=Counter)
+    collectives: Counter[str] = field(default_factory=Counter)
+    syncs: Counter[Any] = field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
+    operations: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+def flags(arguments: Namespace, scratch: Path) -> list[str]:
+    """The trainer's command line."""
+    from megatron_trinity.model.loss import LOGITS_AT_ONCE
+
+    options = {
+        "--preset": "nano",
+        **{f"--{name}": size // arguments.scale for name, size in NANO.items()},
+        "--num-layers": arguments.layers,
+        "--micro-batch-size": 1,
+        "--global-batch-size": RANKS,
+        "--expert-model-parallel-size": RANKS,
+        "--optimizer": arguments.optimizer,
+        "--tokenizer-type": "NullTokenizer",
+        "--train-iters": 1000,
+        "--lr-warmup-iters": 0,
+        "--log-interval": WARM_UP + 2,
+        "--tensorboard-dir": scratch,
+        # As many chunks as nano has.
+        "--loss-chunk-size": LOGITS_AT_ONCE // NANO["vocab-size"] // arguments.scale,
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    return [*words, "--mock-data", "--use-distributed-optimizer"]
+
+
+def start(arguments: Namespace, scratch: Path) -> Namespace:
+    """This process as the last rank, which writes the log; returns Megatron's arguments."""
+    last = str(RANKS - 1)
+    os.environ |= {"RANK": last, "LOCAL_RANK": last, "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+    from megatron_trinity.upstream import adapt_megatron
+
+    adapt_megatron()
+
+    import torch.distributed as dist
+    from megatron.training import get_timers
+    from megatron.training.global_vars import set_global_variables
+    from megatron.training.initialize import initialize_megatron
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_trinity.arguments.parse import parse_arguments as parse
+    from megatron_trinity.training.vocabulary import settle_vocabulary
+
+    args = parse(flags(arguments, scratch))
+    args.use_gloo_process_groups = False
+    # What is turned off on a CPU alone.
+    args.bias_swiglu_fusion = True
+    args.muon_fp32_matmul_prec = "medium"
+    set_global_variables(args)
+    settle_vocabulary(args)
+    dist.init_process_group("fake", store=FakeStore(), rank=RANKS - 1, world_size=RANKS)
+    initialize_megatron()
+    get_timers()("interval-time", log_level=0).start()  # as the loop does
+    return args
+
+
+class Side:
+    """A model, its optimizer and the steps that Megatron's loop takes with them."""
+
+    def __init__(
+        self, args: Namespace, model_config: Any, forward_step: Callable[..., Any]
+    ) -> None:
+        from megatron.core.distributed import finalize_model_grads
+        from megatron.core.enums import ModelType
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.utils import get_model_config, unwrap_model
+        from megatron.training import get_timers, training
+
+        from megatron_trinity.planning.costs.places import Places
+        from megatron_trinity.training.optimizer import container_from_args
+
+        self._args = args
+        self.model, self._optimizer, self._scheduler = training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            cfg_container=container_from_args(args, model_config),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+        self._schedule = get_forward_backward_func()
+        self._forward_step = forward_step
+        self._totals: dict[str, Any] = {}
+        self._places = Places(BEHIND)
+        self._config = get_model_config(self.model[0])
+        self._config.grad_scale_func = self._optimizer.scale_loss
+        self._config.timers = get_timers()
+        self._config.finalize_model_grads_func = self._within(GRADIENTS, finalize_model_grads)
+        for owner, name, part in (
+            (self._optimizer, "step", OPTIMIZER),
+            (self._optimizer, "zero_grad", GRADIENTS),
+            (self.model[0], "zero_grad_buffer", GRADIENTS),
+        ):
+            setattr(owner, name, self._within(part, getattr(owner, name)))
+        self.model[0].train()
+        self._inner = unwrap_model(self.model[0])
+        self.parts = self._watch(self._inner)
+
+    def step(self, batch: Mapping[str, Any], iteration: int) -> None:
+        """One step, from 1, with its line in the log where one is due."""
+        from megatron.core.rerun_state_machine import RerunDataIterator
+        from megatron.training import training
+
+        args = self._args
+        args.curr_iteration = iteration - 1
+        losses, skipped, _, _, _, norm, zeros, _ = training.train_step(
+            self._forward,
+            RerunDataIterator(iter([batch])),
+            self.model,
+            self._optimizer,
+            self._scheduler,
+            self._config,
+            self._schedule,
+            args.curr_iteration,
+        )
+        rate = self._optimizer.param_groups[0]["lr"]
+        training.training_log(
+            losses, self._totals, rate, iteration, 1.0, False, skipped, norm, None, zeros, 0
+        )
+        if skipped:
+            raise RuntimeError("a step was not applied, so it is not one to count")
+
+    def counted(self, batch: Mapping[str, Any], iteration: int) -> Counts:
+        """The same, counted."""
+        from megatron_trinity.planning.costs.host_syncs import HostSyncs
+        from megatron_trinity.planning.costs.kept import KeptBytes
+        from megatron_trinity.planning.costs.operations import OperationCounter
+
+        operations = OperationCounter(self._places)
+        syncs = HostSyncs(self._places)
+        left_out = [*self._inner.parameters(), *self._inner.buffers()]
+        kept = KeptBytes(self._places, left_out)
+        with kept, operations, syncs:
+            self.step(batch, iteration)
+        counts = Counts(syncs=syncs.found, kept=kept.kept, operations=operations.launches)
+        for (part, _), number in operations.launches.items():
+            counts.launches[part] += number
+        for (_, kind), size in operations.collectives.items():
+            counts.collectives[kind] += size
+        return counts
+
+    def _forward(self, *args: Any) -> Any:
+        """The forward step and its loss; a micro-batch begins with what is ahead of the layers."""
+        self._places.enter(EMBEDDING)
+        output, loss = self._forward_step(*args)
+        self._places.leave()
+        return output, self._within(HEAD, loss)
+
+    def _within(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def labelled(*args: Any, **kwargs: Any) -> Any:
+            with self._places.part(part):
+                return function(*args, **kwargs)
+
+        return labelled
+
+    def _watch(self, model: Any) -> dict[str, int]:
+        """Label the layers; returns each kind's number of them."""
+        from megatron.core.transformer.moe.moe_layer import MoELayer
+
+        from megatron_trinity.model.core_attention import layer_window
+
+        parts: Counter[str] = Counter()
+        for layer in model.decoder.layers:
+            is_global = layer_window(layer.config, layer.layer_number) is None
+            is_moe = isinstance(layer.mlp, MoELayer)
+            kind = KINDS[is_moe + (is_moe and is_global)]
+            self._places.watch(layer, kind)
+            parts[kind] += 1
+            if is_moe:
+                self._places.watch(layer.mlp.experts, kind + EXPERTS)
+        # What follows until the forward step ends is the head's.
+        self._places.watch(model.decoder.final_layernorm, HEAD)
+        model.decoder.register_forward_hook(lambda *_: self._places.switch(HEAD))
+        return dict(parts)
+
+
+def our_side(args: Namespace) -> Side:
+    from megatron_trinity.model.config import model_config_from_args
+    from megatron_trinity.training.flops import StepFlops
+    from megatron_trinity.training.forward_step import forward_step
+    from megatron_trinity.training.micro_batches import MicroBatchRecord
+    from megatron_trinity.training.observer import StepObserver
+    from megatron_trinity.training.optimizer import set_up_optimizer
+    from megatron_trinity.upstream.training_hooks import set_training_hooks
+
+    record, flops = MicroBatchRecord(), StepFlops(args)
+    set_training_hooks(StepObserver(args, record, flops))
+    set_up_optimizer(args)
+    return Side(
+        args, model_config_from_args(args), partial(forward_step, record=record, flops=flops)
+    )
+
+
+def megatron_side(args: Namespace) -> Side:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.training.argument_utils import core_transformer_config_from_args
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from megatron_trinity.upstream.training_hooks import set_training_hooks
+
+    set_training_hooks(None)
+    config = core_transformer_config_from_args(args, TransformerConfig)
+    model_config = gpt_config_from_args(args, config=config)
+    model_config.transformer_layer_spec = lambda _: get_gpt_decoder_block_spec(config, False)
+    return Side(args, model_config, megatron_forward_step)
+
+
+def megatron_forward_step(data_iterator: Iterator[Any], model: Any) -> Any:
+    """As Megatron's `pretrain_gpt.py` has it."""
+    import torch
+
+    batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(data_iterator).items()}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+    def loss(output: Any) -> Any:
+        mask = batch["loss_mask"].view(-1).float()
+        total = torch.sum(output.view(-1).float() * mask)
+        tokens = mask.sum().clone().detach().to(torch.int)
+        report = torch.cat([total.clone().detach().view(1), tokens.view(1)])
+        return total, tokens, {"lm loss": report}
+
+    return output, loss
+
+
+def gpu_paths() -> None:
+    """Norms and SwiGLU as on a GPU, where each pass of them is one kernel."""
+    import torch
+    from megatron.core.fusions import fused_bias_swiglu
+    from torch import Tensor, nn
+
+    from megatron_trinity.model.norm import TrinityRMSNorm
+    from megatron_trinity.planning.costs.operations import one_launch
+
+    def forward(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        r = x.float().square().mean(-1, keepdim=True).add(eps).rsqrt()
+        return (x.float() * r * gain.float()).to(x.dtype), r
+
+    def backward(
+        g: Tensor, x: Tensor, gain: Tensor, r: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        product = g.float() * x.float()
+        of_gain = (product * r).flatten(0, -2).sum(0)
+        mean = (product * gain.float()).mean(-1, keepdim=True)
+        of_x = r * (g.float() * gain.float() - x.float() * r.square() * mean)
+        return of_x.to(x.dtype), of_gain.to(gain.dtype)
+
+    forward = one_launch("_fused_rms_norm", forward)
+    backward = one_launch("_fused_rms_norm_backward", backward)
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+            y, r = forward(x, gain, eps)
+            ctx.save_for_backward(x, gain, r)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            return *backward(gradient, *ctx.saved_tensors), None
+
+    def rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
+        result: Tensor = Norm.apply(x, weight, eps or torch.finfo(x.dtype).eps)
+        return result
+
+    nn.functional.rms_norm = rms_norm
+    TrinityRMSNorm.forward = TrinityRMSNorm.on_gpu
+    for name in ("swiglu", "swiglu_back", "weighted_swiglu", "weighted_swiglu_back"):
+        function = getattr(fused_bias_swiglu, name)
+        setattr(fused_bias_swiglu, name, one_launch(f"fused_{name}", function))
+
+
+def host_copies() -> None:
+    """What the dispatcher moves to the host is there from then on."""
+    import torch
+    from megatron.core.transformer.moe import moe_utils
+
+    from megatron_trinity.planning.costs.operations import one_launch, mark_on_host
+    from megatron_trinity.upstream.registry import rebind
+
+    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
+            copy = tensor.clone()
+            return copy.numpy() if as_numpy else mark_on_host(copy)
+
+    rebind(moe_utils.maybe_move_tensor_to_cpu, moved)
+
+
+def batch(args: Namespace) -> dict[str, Any]:
+    """A micro-batch of random tokens, in the form of the trainer's data loader."""
+    import torch
+
+    generator = torch.Generator().manual_seed(5)
+    length = args.seq_length
+    tokens = torch.randint(args.vocab_size, (1, length + 1), generator=generator)
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_mask": torch.ones(1, length),
+        "position_ids": torch.arange(length).unsqueeze(0),
+    }
+
+
+def count(args: Namespace, side: Side) -> tuple[Counts, Counts]:
+    """A step, and one with a line in the log."""
+    data = batch(args)
+    for iteration in range(1, WARM_UP + 1):
+        side.step(data, iteration)
+    return side.counted(data, WARM_UP + 1), side.counted(data, WARM_UP + 2)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory() as scratch:
+        with contextlib.redirect_stdout(io.StringIO()):  # what Megatron says at its start
+            args = start(arguments, Path(scratch))
+            gpu_paths()
+            host_copies()
+            found = {}
+            for name, make in (("ours", our_side), ("megatron", megatron_side)):
+                side = make(args)
+                found[name] = (side.parts, *count(args, side))
+    import pickle; pickle.dump(found, open("/tmp/gpu_cost.pkl","wb"))
+    from pprint import pprint
+    for name, (parts, c, l) in found.items():
+        print(name, parts); pprint(c.launches); pprint(c.collectives); pprint(c.kept)
+        for s, n in sorted(c.syncs.items()): print(n, s)
+        print("log", [(s, n) for s, n in l.syncs.items()])
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
+    parser = command_parser(__doc__, EXAMPLE)
+    parser.add_argument("--layers", type=int, default=8, help="default %(default)s")
+    parser.add_argument("--scale", type=int, default=8, help="default %(default)s")
+    parser.add_argument("--optimizer", choices=("adam", "muon"), default="adam")
+    add_json_argument(parser)
+    arguments = parser.parse_args(argv)
+    return arguments
+
+
+if __name__ == "__main__":
+    run_command(main)
