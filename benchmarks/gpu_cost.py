@@ -18,8 +18,8 @@ import os
 import tempfile
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,17 +52,41 @@ EXPERTS = ", routed experts"
 HEAD, GRADIENTS, OPTIMIZER, BEHIND = "head and loss", "gradients", "optimizer", "behind the step"
 EMBEDDING = "embedding and batch"
 WARM_UP = 2
+ON_HOST = ("sort_input_by_local_experts", "restore_output_by_local_experts")
+"""Of the dispatcher: constants that Megatron makes on the host."""
+
+MIB = 2**20
 
 
-@dataclass
+@dataclass(frozen=True)
 class Counts:
-    """Of one step, by part; `kept` is what its forward pass keeps."""
+    """Of one step.
 
-    launches: Counter[str] = field(default_factory=Counter)
-    collectives: Counter[str] = field(default_factory=Counter)
-    syncs: Counter[Any] = field(default_factory=Counter)
-    kept: Counter[str] = field(default_factory=Counter)
-    operations: Counter[tuple[str, str]] = field(default_factory=Counter)
+    Attributes:
+        launches: by part.
+        collectives: bytes by kind.
+        syncs: by `HostSync`.
+        kept: bytes for the backward pass, by part.
+    """
+
+    launches: Counter[str]
+    collectives: Counter[str]
+    syncs: Counter[Any]
+    kept: Counter[str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was counted of one side.
+
+    Attributes:
+        parts: layers of each kind.
+        logged: a step with a line in the log.
+    """
+
+    parts: Mapping[str, int]
+    step: Counts
+    logged: Counts
 
 
 def flags(arguments: Namespace, scratch: Path) -> list[str]:
@@ -76,7 +100,7 @@ def flags(arguments: Namespace, scratch: Path) -> list[str]:
         "--micro-batch-size": 1,
         "--global-batch-size": RANKS,
         "--expert-model-parallel-size": RANKS,
-        "--optimizer": arguments.optimizer,
+        "--optimizer": "adam",
         "--tokenizer-type": "NullTokenizer",
         "--train-iters": 1000,
         "--lr-warmup-iters": 0,
@@ -158,6 +182,9 @@ class Side:
             (self.model[0], "zero_grad_buffer", GRADIENTS),
         ):
             setattr(owner, name, self._within(part, getattr(owner, name)))
+        # What torch takes on a GPU; on a CPU it goes through the parameters one by one.
+        for group in self._optimizer.param_groups:
+            group["foreach"] = not group.get("fused")
         self.model[0].train()
         self._inner = unwrap_model(self.model[0])
         self.parts = self._watch(self._inner)
@@ -198,12 +225,13 @@ class Side:
         kept = KeptBytes(self._places, left_out)
         with kept, operations, syncs:
             self.step(batch, iteration)
-        counts = Counts(syncs=syncs.found, kept=kept.kept, operations=operations.launches)
+        launches: Counter[str] = Counter()
         for (part, _), number in operations.launches.items():
-            counts.launches[part] += number
+            launches[part] += number
+        collectives: Counter[str] = Counter()
         for (_, kind), size in operations.collectives.items():
-            counts.collectives[kind] += size
-        return counts
+            collectives[kind] += size
+        return Counts(launches, collectives, syncs.found, kept.kept)
 
     def _forward(self, *args: Any) -> Any:
         """The forward step and its loss; a micro-batch begins with what is ahead of the layers."""
@@ -224,6 +252,7 @@ class Side:
         from megatron.core.transformer.moe.moe_layer import MoELayer
 
         from megatron_trinity.model.core_attention import layer_window
+        from megatron_trinity.planning.costs.operations import mark_on_host
 
         parts: Counter[str] = Counter()
         for layer in model.decoder.layers:
@@ -234,6 +263,7 @@ class Side:
             parts[kind] += 1
             if is_moe:
                 self._places.watch(layer.mlp.experts, kind + EXPERTS)
+                mark_on_host([getattr(layer.mlp.token_dispatcher, name) for name in ON_HOST])
         # What follows until the forward step ends is the head's.
         self._places.watch(model.decoder.final_layernorm, HEAD)
         model.decoder.register_forward_hook(lambda *_: self._places.switch(HEAD))
@@ -260,8 +290,10 @@ def our_side(args: Namespace) -> Side:
 def megatron_side(args: Namespace) -> Side:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.training.argument_utils import core_transformer_config_from_args
-    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.argument_utils import (
+        core_transformer_config_from_args,
+        gpt_config_from_args,
+    )
 
     from megatron_trinity.upstream.training_hooks import set_training_hooks
 
@@ -302,9 +334,7 @@ def gpu_paths() -> None:
         r = x.float().square().mean(-1, keepdim=True).add(eps).rsqrt()
         return (x.float() * r * gain.float()).to(x.dtype), r
 
-    def backward(
-        g: Tensor, x: Tensor, gain: Tensor, r: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def backward(g: Tensor, x: Tensor, gain: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         product = g.float() * x.float()
         of_gain = (product * r).flatten(0, -2).sum(0)
         mean = (product * gain.float()).mean(-1, keepdim=True)
@@ -341,7 +371,7 @@ def host_copies() -> None:
     import torch
     from megatron.core.transformer.moe import moe_utils
 
-    from megatron_trinity.planning.costs.operations import one_launch, mark_on_host
+    from megatron_trinity.planning.costs.operations import mark_on_host
     from megatron_trinity.upstream.registry import rebind
 
     def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -369,40 +399,115 @@ def batch(args: Namespace) -> dict[str, Any]:
     }
 
 
-def count(args: Namespace, side: Side) -> tuple[Counts, Counts]:
-    """A step, and one with a line in the log."""
+def close_log() -> None:
+    from megatron.training import get_tensorboard_writer
+
+    get_tensorboard_writer().close()
+
+
+def count(args: Namespace, side: Side) -> Result:
+    """Count a step, and one with a line in the log."""
     data = batch(args)
     for iteration in range(1, WARM_UP + 1):
         side.step(data, iteration)
-    return side.counted(data, WARM_UP + 1), side.counted(data, WARM_UP + 2)
+    step, logged = (side.counted(data, WARM_UP + number) for number in (1, 2))
+    return Result(side.parts, step, logged)
+
+
+def figures_of(result: Result) -> dict[tuple[str, str], float]:
+    """Unit and case to figure; of a layer they are the mean over its kind."""
+    step, parts, moe = result.step, result.parts, KINDS[1]
+    experts, per_moe = moe + EXPERTS, parts[moe]
+    found: dict[tuple[str, str], float] = {}
+    for kind in KINDS:
+        found["launches", kind] = of_layer(step.launches, parts, kind)
+    found["launches", "routed experts of a layer"] = step.launches[experts] / per_moe
+    for part in (EMBEDDING, HEAD, GRADIENTS, OPTIMIZER, BEHIND):
+        found["launches", part] = step.launches[part]
+    found["launches", "step"] = step.launches.total()
+    waits = "host syncs"
+    found[waits, KINDS[0]] = synced(step, {KINDS[0]}) / parts[KINDS[0]]
+    found[waits, moe] = synced(step, {moe, experts}) / per_moe
+    found[waits, "micro-batch, outside of layers"] = synced(step, {EMBEDDING, HEAD})
+    found[waits, GRADIENTS] = synced(step, {GRADIENTS})
+    found[waits, OPTIMIZER] = synced(step, {OPTIMIZER})
+    found[waits, BEHIND] = synced(step, {BEHIND})
+    found[waits, "behind a step with a line in the log"] = synced(result.logged, {BEHIND})
+    for collective in ("all_gather", "all_reduce", "all_to_all", "broadcast", "reduce_scatter"):
+        found["MiB sent", collective] = step.collectives[collective] / MIB
+    for kind in KINDS:
+        found["MiB kept", kind] = of_layer(step.kept, parts, kind) / MIB
+    found["MiB kept", "routed experts of a layer"] = step.kept[experts] / per_moe / MIB
+    found["MiB kept", HEAD] = step.kept[HEAD] / MIB
+    found["MiB kept", "step"] = step.kept.total() / MIB
+    return found
+
+
+def rows(found: Mapping[str, Result]) -> list[Row]:
+    """Ours beside megatron-core's."""
+    ours, peer = (figures_of(found[side]) for side in ("ours", "megatron"))
+    return [
+        make_row(f"{case}, {unit}", value, peer[unit, case], unit)
+        for (unit, case), value in ours.items()
+    ]
+
+
+def of_layer(counts: Mapping[str, int], parts: Mapping[str, int], kind: str) -> float:
+    """Of one layer of a kind, its experts included."""
+    return (counts[kind] + counts[kind + EXPERTS]) / parts[kind]
+
+
+def synced(counts: Counts, parts: Collection[str]) -> int:
+    return sum(number for sync, number in counts.syncs.items() if sync.part in parts)
+
+
+def show(found: Mapping[str, Result], figures: Sequence[Row]) -> None:
+    """Print the figures, and where each side waits."""
+    table = Table("", "ours", "megatron-core", "ratio")
+    for row in figures:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        table.add_row(row["case"], f"{row['ours']:.4g}", f"{row['peer']:.4g}", ratio)
+    console = Console(width=120)
+    console.print(table)
+    for name, result in found.items():
+        table = Table("where", "what", "part of the step", "times", "with a line", title=name)
+        for sync in sorted({*result.step.syncs, *result.logged.syncs}):
+            times = (str(counts.syncs[sync]) for counts in (result.step, result.logged))
+            table.add_row(sync.where, sync.what, sync.part, *times)
+        console.print(table)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    with tempfile.TemporaryDirectory() as scratch:
-        with contextlib.redirect_stdout(io.StringIO()):  # what Megatron says at its start
-            args = start(arguments, Path(scratch))
-            gpu_paths()
-            host_copies()
-            found = {}
-            for name, make in (("ours", our_side), ("megatron", megatron_side)):
-                side = make(args)
-                found[name] = (side.parts, *count(args, side))
-    import pickle; pickle.dump(found, open("/tmp/gpu_cost.pkl","wb"))
-    from pprint import pprint
-    for name, (parts, c, l) in found.items():
-        print(name, parts); pprint(c.launches); pprint(c.collectives); pprint(c.kept)
-        for s, n in sorted(c.syncs.items()): print(n, s)
-        print("log", [(s, n) for s, n in l.syncs.items()])
+    sides = {"ours": our_side, "megatron": megatron_side}
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        args = start(arguments, Path(scratch))  # redirected, since Megatron says much
+        gpu_paths()
+        host_copies()
+        for name, make in sides.items():
+            found[name] = count(args, make(args))
+        close_log()
+    figures = rows(found)
+    show(found, figures)
+    write_rows(arguments.json, figures)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("--layers", type=int, default=8, help="default %(default)s")
-    parser.add_argument("--scale", type=int, default=8, help="default %(default)s")
-    parser.add_argument("--optimizer", choices=("adam", "muon"), default="adam")
+    parser.add_argument(
+        "--scale", type=int, default=8, help="what sizes are divided by (default %(default)s)"
+    )
     add_json_argument(parser)
+    parser.add_argument("--quick", action="store_true", help="a quarter of the sizes")
     arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.layers, arguments.scale = 4, 32
+    if arguments.layers < 4 or arguments.layers % 4:
+        raise UsageError("--layers: use a multiple of 4, which has a layer of every kind")
+    if arguments.scale not in (1, 2, 4, 8, 16, 32):
+        raise UsageError("--scale: use 1, 2, 4, 8, 16 or 32")
     return arguments
 
 

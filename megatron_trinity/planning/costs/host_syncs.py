@@ -21,7 +21,7 @@ READS = {
     *("cpu", "numpy", "__array__", "__format__", "__repr__", "is_nonzero", "equal", "allclose"),
     *("nonzero", "argwhere", "masked_select", "bincount", "unique", "unique_consecutive"),
 }
-"""Functions of torch that read values of their tensors, or whose results have a size that they do."""
+"""Functions of torch that read values of their tensors, if only to know how large a result is."""
 
 MAKES = {"tensor", "as_tensor", "new_tensor"}
 """Functions that copy values of the host to a device, from memory that is not pinned."""
@@ -68,22 +68,29 @@ class HostSyncs(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
-        if self._waits(name, args, kwargs):
-            self.note(name)
+        if waits := self._waits(name, args, kwargs):
+            self.note(name, int(waits))
         out = function(*args, **kwargs)
         if name == "cpu" or _stays_on_host(name, args, kwargs, out):
             mark_on_host(out)
         return out
 
-    def note(self, what: str) -> None:
-        """Count one here."""
+    def note(self, what: str, times: int = 1) -> None:
+        """Count here."""
         where = _caller()
         if where is not None:
-            self.found[HostSync(where, what, self._places.now())] += 1
+            self.found[HostSync(where, what, self._places.now())] += times
 
-    def _waits(self, name: str, args: Any, kwargs: Any) -> bool:
+    def _waits(self, name: str, args: Any, kwargs: Any) -> int:
+        """How many times."""
         if name in MAKES:
-            return "device" in kwargs or (name == "new_tensor" and not on_host(args[0]))
+            copied = name == "new_tensor" and not on_host(args[0])
+            if name == "as_tensor" and isinstance(args[0], Tensor):
+                return 0  # it is there
+            # A list of tensors is read one by one.
+            read = () if name == "new_tensor" else tree_leaves(args[0])
+            numbers = sum(isinstance(leaf, Tensor) and not on_host(leaf) for leaf in read)
+            return numbers + (copied or kwargs.get("device") is not None)
         if on_host(args, kwargs):
             return False
         if name == "repeat_interleave":
@@ -147,5 +154,3 @@ def _caller() -> str | None:
                     return f"{short}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "?"
-
-

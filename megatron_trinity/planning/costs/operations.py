@@ -8,6 +8,7 @@ splits further is not seen.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from megatron_trinity.planning.costs.places import Places
 FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"),
     *("_unsafe_view", "_reshape_alias", "detach", "detach_", "alias", "set_", "lift_fresh", "lift"),
-    *("is_same_size", "_local_scalar_dense", "sym_size", "sym_numel", "sym_stride", "_has_same_storage_numel"),
+    *("is_same_size", "_local_scalar_dense", "sym_size", "sym_numel", "sym_stride"),
     *("unbind", "split", "split_with_sizes", "record_stream"),
 }
 """Operations that launch nothing; a value that is read on the host is a copy, see `host_syncs`."""
@@ -115,21 +116,25 @@ def one_launch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return counted
 
 
-_HOST = "_trinity_on_host"
+_host: set[int] = set()
+"""Storages of tensors that would not be on the GPU."""
 
 
 def mark_on_host(value: Any) -> Any:
     """These tensors would not be on the GPU: reading them waits for nothing."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
-            setattr(leaf, _HOST, True)
+            storage = leaf.untyped_storage()
+            if storage._cdata not in _host:
+                _host.add(storage._cdata)
+                weakref.finalize(storage, _host.discard, storage._cdata)
     return value
 
 
 def on_host(*values: Any) -> bool:
     """Whether all of some tensors would not be on the GPU; of none, False."""
     tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-    return bool(tensors) and all(getattr(tensor, _HOST, False) for tensor in tensors)
+    return bool(tensors) and all(t.untyped_storage()._cdata in _host for t in tensors)
 
 
 def _fill(received: Tensor, sent: Tensor) -> None:
