@@ -135,9 +135,7 @@ def start(arguments: Namespace, scratch: Path) -> Namespace:
 
     args = parse(flags(arguments, scratch))
     args.use_gloo_process_groups = False
-    # What is turned off on a CPU alone.
-    args.bias_swiglu_fusion = True
-    args.muon_fp32_matmul_prec = "medium"
+    args.bias_swiglu_fusion = True  # off on a CPU alone
     set_global_variables(args)
     settle_vocabulary(args)
     dist.init_process_group("fake", store=FakeStore(), rank=RANKS - 1, world_size=RANKS)
@@ -321,69 +319,6 @@ def megatron_forward_step(data_iterator: Iterator[Any], model: Any) -> Any:
     return output, loss
 
 
-def gpu_paths() -> None:
-    """Norms and SwiGLU as on a GPU, where each pass of them is one kernel."""
-    import torch
-    from megatron.core.fusions import fused_bias_swiglu
-    from torch import Tensor, nn
-
-    from megatron_trinity.model.norm import TrinityRMSNorm
-    from megatron_trinity.planning.costs.operations import one_launch
-
-    def forward(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        r = x.float().square().mean(-1, keepdim=True).add(eps).rsqrt()
-        return (x.float() * r * gain.float()).to(x.dtype), r
-
-    def backward(g: Tensor, x: Tensor, gain: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        product = g.float() * x.float()
-        of_gain = (product * r).flatten(0, -2).sum(0)
-        mean = (product * gain.float()).mean(-1, keepdim=True)
-        of_x = r * (g.float() * gain.float() - x.float() * r.square() * mean)
-        return of_x.to(x.dtype), of_gain.to(gain.dtype)
-
-    forward = one_launch("_fused_rms_norm", forward)
-    backward = one_launch("_fused_rms_norm_backward", backward)
-
-    class Norm(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-            y, r = forward(x, gain, eps)
-            ctx.save_for_backward(x, gain, r)
-            return y
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Any:
-            return *backward(gradient, *ctx.saved_tensors), None
-
-    def rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
-        result: Tensor = Norm.apply(x, weight, eps or torch.finfo(x.dtype).eps)
-        return result
-
-    nn.functional.rms_norm = rms_norm
-    TrinityRMSNorm.forward = TrinityRMSNorm.on_gpu
-    for name in ("swiglu", "swiglu_back", "weighted_swiglu", "weighted_swiglu_back"):
-        function = getattr(fused_bias_swiglu, name)
-        setattr(fused_bias_swiglu, name, one_launch(f"fused_{name}", function))
-
-
-def host_copies() -> None:
-    """What the dispatcher moves to the host is there from then on."""
-    import torch
-    from megatron.core.transformer.moe import moe_utils
-
-    from megatron_trinity.planning.costs.operations import mark_on_host
-    from megatron_trinity.upstream.registry import rebind
-
-    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        if not isinstance(tensor, torch.Tensor):
-            return tensor
-        with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
-            copy = tensor.clone()
-            return copy.numpy() if as_numpy else mark_on_host(copy)
-
-    rebind(moe_utils.maybe_move_tensor_to_cpu, moved)
-
-
 def batch(args: Namespace) -> dict[str, Any]:
     """A micro-batch of random tokens, in the form of the trainer's data loader."""
     import torch
@@ -408,9 +343,8 @@ def close_log() -> None:
 def count(args: Namespace, side: Side) -> Result:
     """Count a step, and one with a line in the log."""
     data = batch(args)
-    for iteration in range(1, WARM_UP + 1):
-        side.step(data, iteration)
-    step, logged = (side.counted(data, WARM_UP + number) for number in (1, 2))
+    # Those ahead of them as well: what they leave on the host is known to be there.
+    *_, step, logged = (side.counted(data, number + 1) for number in range(WARM_UP + 2))
     return Result(side.parts, step, logged)
 
 
@@ -483,8 +417,10 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         args = start(arguments, Path(scratch))  # redirected, since Megatron says much
-        gpu_paths()
-        host_copies()
+
+        from megatron_trinity.planning.costs.gpu_paths import take_gpu_paths
+
+        take_gpu_paths()
         for name, make in sides.items():
             found[name] = count(args, make(args))
         close_log()

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ def _caller() -> str | None:
 
     None for torch's optimizers, which keep the number of steps on the host.
     """
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = Path(frame.f_code.co_filename).as_posix()
         if _OPTIMIZER_OF_TORCH in name:
@@ -152,5 +153,5 @@ def _caller() -> str | None:
                 if root in name:
                     short = root.strip("/") + "/" + name.rpartition(root)[2]
                     return f"{short}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return "?"
