@@ -7,7 +7,8 @@ GPTModel of its local spec, with the same arguments: the same sizes, experts and
 sandwich norm, no logsumexp and largest logit of the tokens.
 
 Operations are those that torch dispatches on a CPU, with the norms and SwiGLU of a GPU in their
-place on both sides. The tokens that fake ranks send are this rank's own.
+place on both sides, and AdamW over lists of tensors. The tokens that fake ranks send are this
+rank's own.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import io
 import os
 import tempfile
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +30,18 @@ from rich.table import Table
 from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
 from megatron_trinity.errors import UsageError, run_command
+from megatron_trinity.planning.costs.parts import (
+    BEHIND,
+    EMBEDDING,
+    EXPERTS,
+    GRADIENTS,
+    HEAD,
+    KINDS,
+    OPTIMIZER,
+)
+
+if TYPE_CHECKING:
+    from megatron_trinity.planning.costs.step import Counts
 
 EXAMPLE = """example:
   OMP_NUM_THREADS=1 python benchmarks/gpu_cost.py
@@ -47,32 +59,8 @@ NANO = {
 }
 """Of `nano`, what is divided by `--scale`."""
 
-KINDS = ("dense layer", "MoE layer, local", "MoE layer, global")
-EXPERTS = ", routed experts"
-HEAD, GRADIENTS, OPTIMIZER, BEHIND = "head and loss", "gradients", "optimizer", "behind the step"
-EMBEDDING = "embedding and batch"
 WARM_UP = 2
-ON_HOST = ("sort_input_by_local_experts", "restore_output_by_local_experts")
-"""Of the dispatcher: constants that Megatron makes on the host."""
-
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Of one step.
-
-    Attributes:
-        launches: by part.
-        collectives: bytes by kind.
-        syncs: by `HostSync`.
-        kept: bytes for the backward pass, by part.
-    """
-
-    launches: Counter[str]
-    collectives: Counter[str]
-    syncs: Counter[Any]
-    kept: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -157,6 +145,7 @@ class Side:
         from megatron.core.utils import get_model_config, unwrap_model
         from megatron.training import get_timers, training
 
+        from megatron_trinity.planning.costs.layers import watch_layers
         from megatron_trinity.planning.costs.places import Places
         from megatron_trinity.training.optimizer import container_from_args
 
@@ -185,7 +174,7 @@ class Side:
             group["foreach"] = not group.get("fused")
         self.model[0].train()
         self._inner = unwrap_model(self.model[0])
-        self.parts = self._watch(self._inner)
+        self.parts = watch_layers(self._inner, self._places)
 
     def step(self, batch: Mapping[str, Any], iteration: int) -> None:
         """One step, from 1, with its line in the log where one is due."""
@@ -213,23 +202,10 @@ class Side:
 
     def counted(self, batch: Mapping[str, Any], iteration: int) -> Counts:
         """The same, counted."""
-        from megatron_trinity.planning.costs.host_syncs import HostSyncs
-        from megatron_trinity.planning.costs.kept import KeptBytes
-        from megatron_trinity.planning.costs.operations import OperationCounter
+        from megatron_trinity.planning.costs.step import count_step
 
-        operations = OperationCounter(self._places)
-        syncs = HostSyncs(self._places)
         left_out = [*self._inner.parameters(), *self._inner.buffers()]
-        kept = KeptBytes(self._places, left_out)
-        with kept, operations, syncs:
-            self.step(batch, iteration)
-        launches: Counter[str] = Counter()
-        for (part, _), number in operations.launches.items():
-            launches[part] += number
-        collectives: Counter[str] = Counter()
-        for (_, kind), size in operations.collectives.items():
-            collectives[kind] += size
-        return Counts(launches, collectives, syncs.found, kept.kept)
+        return count_step(lambda: self.step(batch, iteration), self._places, left_out)
 
     def _forward(self, *args: Any) -> Any:
         """The forward step and its loss; a micro-batch begins with what is ahead of the layers."""
@@ -244,28 +220,6 @@ class Side:
                 return function(*args, **kwargs)
 
         return labelled
-
-    def _watch(self, model: Any) -> dict[str, int]:
-        """Label the layers; returns each kind's number of them."""
-        from megatron.core.transformer.moe.moe_layer import MoELayer
-
-        from megatron_trinity.model.core_attention import layer_window
-        from megatron_trinity.planning.costs.operations import mark_on_host
-
-        parts: Counter[str] = Counter()
-        for layer in model.decoder.layers:
-            is_global = layer_window(layer.config, layer.layer_number) is None
-            is_moe = isinstance(layer.mlp, MoELayer)
-            kind = KINDS[is_moe + (is_moe and is_global)]
-            self._places.watch(layer, kind)
-            parts[kind] += 1
-            if is_moe:
-                self._places.watch(layer.mlp.experts, kind + EXPERTS)
-                mark_on_host([getattr(layer.mlp.token_dispatcher, name) for name in ON_HOST])
-        # What follows until the forward step ends is the head's.
-        self._places.watch(model.decoder.final_layernorm, HEAD)
-        model.decoder.register_forward_hook(lambda *_: self._places.switch(HEAD))
-        return dict(parts)
 
 
 def our_side(args: Namespace) -> Side:

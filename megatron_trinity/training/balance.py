@@ -68,14 +68,15 @@ def balance_experts(
     """
     device = torch.cuda.current_device()
     local = {router.layer_number: router for router in routers(model)}
-    counted = {number: router.take_counts() for number, router in local.items()}
-    lost = {number: router.take_sequence_loss() for number, router in local.items()}
+    counted = {number: router.tokens_per_expert for number, router in local.items()}
+    lost = {number: router.sequence_loss for number, router in local.items()}
     no_counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
     no_bias = torch.zeros(num_experts, device=device)
     # No index of layers: a list of numbers would be copied to the device, and waited for.
     counts = torch.stack([counted.get(number, no_counts) for number in layers])
     losses = torch.stack([lost.get(number, no_bias[0]) for number in layers])
     if local:
+        torch._foreach_zero_([*counted.values(), *lost.values()])
         # Every rank that has routed tokens of these layers: tensor (its parts of the sequence),
         # context and data parallel; expert parallelism divides the same ranks otherwise.
         group = next(iter(local.values())).tp_dp_cp_group

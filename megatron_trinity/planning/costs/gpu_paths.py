@@ -8,10 +8,9 @@ import torch
 from megatron.core.fusions import fused_bias_swiglu
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_trinity.model.norm import TrinityRMSNorm
-from megatron_trinity.planning.costs.operations import mark_on_host, one_launch
+from megatron_trinity.planning.costs.operations import copy_on_host, one_launch
 from megatron_trinity.upstream.registry import rebind
 
 SWIGLU = ("swiglu", "swiglu_back", "weighted_swiglu", "weighted_swiglu_back")
@@ -70,7 +69,5 @@ class _Norm(torch.autograd.Function):
 def _moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     if not isinstance(tensor, Tensor):
         return tensor
-    # Not a kernel: the copy is waited for where the dispatcher does.
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
-        copy = tensor.clone()
-        return copy.numpy() if as_numpy else mark_on_host(copy)
+    copy = copy_on_host(tensor)  # waited for where the dispatcher does
+    return copy.numpy() if as_numpy else copy

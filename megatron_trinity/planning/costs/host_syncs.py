@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_trinity.planning.costs.operations import mark_on_host, on_host
+from megatron_trinity.planning.costs.operations import copy_on_host, mark_on_host, on_host
 from megatron_trinity.planning.costs.places import Places
 
 READS = {
@@ -71,8 +71,10 @@ class HostSyncs(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if waits := self._waits(name, args, kwargs):
             self.note(name, int(waits))
+        if name == "cpu":
+            return copy_on_host(args[0])  # which torch would return as it is
         out = function(*args, **kwargs)
-        if name == "cpu" or _stays_on_host(name, args, kwargs, out):
+        if _stays_on_host(name, args, kwargs, out):
             mark_on_host(out)
         return out
 

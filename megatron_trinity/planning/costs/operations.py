@@ -131,6 +131,13 @@ def mark_on_host(value: Any) -> Any:
     return value
 
 
+def copy_on_host(tensor: Tensor) -> Tensor:
+    """A copy that is there; no kernel makes it."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        copy: Tensor = mark_on_host(tensor.clone())
+        return copy
+
+
 def on_host(*values: Any) -> bool:
     """Whether all of some tensors would not be on the GPU; of none, False."""
     tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
