@@ -118,7 +118,8 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
         def step_ended(self, model: Sequence[Any], optimizer: Any, outcome: StepOutcome) -> None:
             if not is_watched(self._iteration):
                 with watch.part("balancing"):
-                    balance_experts(model, self._args.num_layers, outcome.applied)
+                    layers = observer.moe_layers(self._args)
+                    balance_experts(model, layers, self._args.num_experts, outcome.applied)
                 return
             with watch.part("step_ended"):
                 super().step_ended(model, optimizer, outcome)
@@ -157,9 +158,9 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
             with watch.part("micro-batches"):
                 super().append(*args)
 
-        def reduce(self, *args: Any) -> dict[str, float]:
+        def totals(self, *args: Any) -> Any:
             with watch.part("micro-batches"):
-                return super().reduce(*args)
+                return super().totals(*args)
 
     # The trainer puts itself together from these names.
     replaced = {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
@@ -136,15 +136,16 @@ class TrinityOptimizer(MegatronOptimizer):
 
     def get_grad_norm(self) -> float:
         """Of all parameters of the model, each counted once; the same in every layout."""
-        dense, experts = (self._unique_gradients(of_experts) for of_experts in KINDS_OF_RANKS)
-        of_dense = get_grad_norm_fp32(
-            dense, grad_stats_parallel_group=parallel_state.get_model_parallel_group()
-        )
-        of_experts = get_grad_norm_fp32(
-            experts,
-            grad_stats_parallel_group=parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
-        )
-        return math.hypot(float(of_dense), float(of_experts))
+        of_dense, of_experts = torch.cat(
+            [
+                squared_norm(self._unique_gradients(of_experts), group)
+                for of_experts, group in (
+                    (False, parallel_state.get_model_parallel_group()),
+                    (True, parallel_state.get_expert_tensor_model_pipeline_parallel_group()),
+                )
+            ]
+        ).tolist()
+        return math.hypot(of_dense**0.5, of_experts**0.5)
 
     def count_zeros(self) -> float:
         """Number of zeros in the gradients of the whole model."""
@@ -322,6 +323,19 @@ class TrinityOptimizer(MegatronOptimizer):
         yield
         if timers is not None:
             timers(name).stop()
+
+
+def squared_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
+    """Over the ranks of `group`, `[1]` fp32 on the device: Megatron's `get_grad_norm_fp32`."""
+    total = torch.zeros(1, device=torch.cuda.current_device())
+    if gradients:
+        overflow = torch.zeros(1, dtype=torch.int, device=total.device)
+        norm, _ = clip_grads.multi_tensor_applier(
+            clip_grads.l2_norm_impl, overflow, [list(gradients)], False
+        )
+        total = norm**2.0
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def muon_config(config: OptimizerConfig) -> MuonConfig:

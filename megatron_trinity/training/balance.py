@@ -49,44 +49,50 @@ def routers(model: Sequence[Any]) -> list[TrinityRouter]:
     ]
 
 
-def balance_experts(model: Sequence[Any], num_layers: int, applied: bool) -> StepBalance:
+def moe_layers(args: Namespace) -> tuple[int, ...]:
+    """1-based numbers of the MoE layers of the whole model, ascending."""
+    return tuple(number for number, is_moe in enumerate(args.moe_layer_freq, 1) if is_moe)
+
+
+def balance_experts(
+    model: Sequence[Any], layers: Sequence[int], num_experts: int, applied: bool
+) -> StepBalance:
     """Count the step's tokens over all ranks, and move the biases if the step was applied.
 
     To be called on every rank after every optimizer step. A step that was skipped leaves biases and
-    momentum as they were, and its tokens are forgotten.
+    momentum as they were, and its tokens are forgotten. The host waits for nothing.
+
+    Args:
+        layers: `moe_layers` of the model.
+        num_experts: E.
     """
-    local = routers(model)
-    experts = local[0].num_experts if local else 0
-    rows = torch.tensor([experts], device=torch.cuda.current_device())
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
-    if pipeline.size() > 1:  # a stage of dense layers alone does not know
-        dist.all_reduce(rows, op=dist.ReduceOp.MAX, group=pipeline)
-    counts = torch.zeros(num_layers, int(rows), dtype=torch.int64, device=rows.device)
-    bias = torch.zeros(num_layers, int(rows), device=rows.device)
-    losses = torch.zeros(num_layers, device=rows.device)
+    device = torch.cuda.current_device()
+    local = {router.layer_number: router for router in routers(model)}
+    counted = {number: router.tokens_per_expert for number, router in local.items()}
+    lost = {number: router.sequence_loss for number, router in local.items()}
+    no_counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
+    no_bias = torch.zeros(num_experts, device=device)
+    # No index of layers: a list of numbers would be copied to the device, and waited for.
+    counts = torch.stack([counted.get(number, no_counts) for number in layers])
+    losses = torch.stack([lost.get(number, no_bias[0]) for number in layers])
     if local:
-        numbers = [router.layer_number - 1 for router in local]
-        counts[numbers] = torch.stack([router.take_counts() for router in local])
-        losses[numbers] = torch.stack([router.take_sequence_loss() for router in local])
+        torch._foreach_zero_([*counted.values(), *lost.values()])
         # Every rank that has routed tokens of these layers: tensor (its parts of the sequence),
         # context and data parallel; expert parallelism divides the same ranks otherwise.
-        group = local[0].tp_dp_cp_group
+        group = next(iter(local.values())).tp_dp_cp_group
         dist.all_reduce(counts, group=group)
         dist.all_reduce(losses, group=group)
         if applied:
-            for router in local:
-                router.balance(counts[router.layer_number - 1])
-        bias[numbers] = torch.stack([router.expert_bias for router in local])
+            for of_layer, number in zip(counts, layers, strict=True):
+                if number in local:
+                    local[number].balance(of_layer)
+    moved = {number: router.expert_bias for number, router in local.items()}
+    bias = torch.stack([moved.get(number, no_bias) for number in layers])
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
     if pipeline.size() > 1:
         for tensor in (counts, bias, losses):
             dist.all_reduce(tensor, group=pipeline)
-    routed = torch.nonzero(counts.sum(dim=1)).flatten()
-    return StepBalance(
-        layers=tuple((routed + 1).tolist()),
-        counts=counts[routed],
-        bias=bias[routed],
-        sequence_losses=losses[routed],
-    )
+    return StepBalance(tuple(layers), counts, bias, losses)
 
 
 def forget_counts(model: Sequence[Any]) -> None:

@@ -6,6 +6,8 @@ here what it saw of each micro-batch, and the ranks put it together when the ste
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,7 +19,7 @@ from megatron_trinity.errors import TrinityError
 class MicroBatchRecord:
     """The micro-batches of one training step, on ranks that compute a loss.
 
-    State of a step: it is saved nowhere. Values stay on the device until `reduce`.
+    State of a step: it is saved nowhere. Values stay on the device.
     """
 
     def __init__(self) -> None:
@@ -43,23 +45,22 @@ class MicroBatchRecord:
         self._rows.append(row)
 
     def reduce(self, groups: ProcessGroupCollection | None = None) -> dict[str, float]:
-        """The values of the step over the whole global batch; clears the record.
+        """`step_values` of `totals`."""
+        totals = self.totals(groups)
+        return {} if totals is None else step_values(totals.tolist())
 
-        `batch heterogeneity` is max_i L_i - mean_i L_i, where L_i is the mean lm loss of
-        micro-batch i (report, eq. 40). Micro-batches without a token that carries loss are left
-        out. `max logit` and `mean logit` are over all tokens with loss.
+    def totals(self, groups: ProcessGroupCollection | None = None) -> Tensor | None:
+        """What `step_values` needs of the whole global batch, on the device; clears the record.
 
         Collective over the data- and context-parallel ranks of the last pipeline stage. Ranks of
-        other stages have no record: they wait for nobody and get an empty dictionary.
+        other stages have no record: they wait for nobody and get None.
 
         Args:
             groups: with `cp`, `dp` and `dp_cp`; by default those that Megatron has initialized.
-
-        Raises:
-            TrinityError: no token of the global batch carried loss.
+        Returns: `[6]` fp64.
         """
         if not self._rows:
-            return {}
+            return None
         sums, tokens, mean_logits, largest = torch.stack(self._rows, dim=1)
         self._rows.clear()
         if groups is None:
@@ -67,27 +68,43 @@ class MicroBatchRecord:
 
         of_sequence = torch.stack([sums, tokens, mean_logits])
         _all_reduce(of_sequence, dist.ReduceOp.SUM, groups.cp)
-        sums, tokens, mean_logits = of_sequence[:, of_sequence[1] > 0]
+        sums, tokens, mean_logits = of_sequence
+        # Those without a token are masked: picking the others would have to know their number.
+        has_tokens = tokens > 0
         losses = sums / tokens
 
-        lowest = losses.new_full((1,), -torch.inf)
-        maxima = torch.stack([torch.cat([losses, lowest]).max(), largest.max()])
+        highest = losses.masked_fill(~has_tokens, -torch.inf).max()
+        maxima = torch.stack([highest, largest.max()])
         _all_reduce(maxima, dist.ReduceOp.MAX, groups.dp_cp)
-        number = losses.new_tensor(losses.numel())
+        losses = losses.masked_fill(~has_tokens, 0.0)
+        mean_logits = mean_logits.masked_fill(~has_tokens, 0.0)
+        number = has_tokens.sum().double()
         totals = torch.stack([losses.sum(), number, mean_logits.sum(), tokens.sum()])
         _all_reduce(totals, dist.ReduceOp.SUM, groups.dp)
+        return torch.cat([maxima, totals])
 
-        highest, max_logit, loss_sum, batches, logits, count = torch.cat([maxima, totals]).tolist()
-        if not batches:
-            raise TrinityError(
-                "no token of this step carries a loss, so there is nothing to learn from: is the "
-                "training data made of documents of one token, or masked as a whole?"
-            )
-        return {
-            "batch heterogeneity": highest - loss_sum / batches,
-            "max logit": max_logit,
-            "mean logit": logits / count,
-        }
+
+def step_values(totals: Sequence[float]) -> dict[str, float]:
+    """The values of a step by their names in the log, from the numbers of `totals`.
+
+    `batch heterogeneity` is max_i L_i - mean_i L_i, where L_i is the mean lm loss of micro-batch i
+    (report, eq. 40). Micro-batches without a token that carries loss are left out. `max logit` and
+    `mean logit` are over all tokens with loss.
+
+    Raises:
+        TrinityError: no token of the global batch carried loss.
+    """
+    highest, max_logit, loss_sum, batches, logits, count = totals
+    if not batches:
+        raise TrinityError(
+            "no token of this step carries a loss, so there is nothing to learn from: is the "
+            "training data made of documents of one token, or masked as a whole?"
+        )
+    return {
+        "batch heterogeneity": highest - loss_sum / batches,
+        "max logit": max_logit,
+        "mean logit": logits / count,
+    }
 
 
 def _all_reduce(

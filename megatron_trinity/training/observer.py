@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any
@@ -15,14 +16,22 @@ from torch import Tensor
 
 from megatron_trinity.checkpoint.whole.hold import Hold
 from megatron_trinity.errors import TrinityError
-from megatron_trinity.moe.metrics import by_layer, load_metrics, summary
+from megatron_trinity.moe.metrics import LoadMetrics, by_layer, load_metrics, summary
 from megatron_trinity.training.alarm import Alarms
-from megatron_trinity.training.balance import StepBalance, balance_experts, forget_counts
+from megatron_trinity.training.balance import (
+    StepBalance,
+    balance_experts,
+    forget_counts,
+    moe_layers,
+)
 from megatron_trinity.training.flops import StepFlops
+from megatron_trinity.training.host import on_host
 from megatron_trinity.training.metrics import StepMetrics
-from megatron_trinity.training.micro_batches import MicroBatchRecord
+from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
 from megatron_trinity.training.step_guard import StepGuard
 from megatron_trinity.upstream.training_hooks import StepOutcome
+
+METRICS = [field.name for field in fields(LoadMetrics)]
 
 
 class StepObserver:
@@ -52,6 +61,7 @@ class StepObserver:
         per_gpu = (lambda: flops.newest / args.world_size) if args.log_throughput else None
         self._speed = StepMetrics(flops_per_gpu=per_gpu)
         self._alarms = Alarms(args.alarm_window)
+        self._losses: dict[str, float] = {}
         self._sequence_loss: dict[str, float] = {}
         self._interval: list[Mapping[str, float]] = []
         self._rates: Mapping[str, float] = {}
@@ -71,25 +81,25 @@ class StepObserver:
         if self._held is not None:
             self._held.check(look=False)
         self._rates = other_rates(optimizer.param_groups)
+        self._losses = {}
         if self._guard.drops(model, outcome):
             self._forget(model)
             return
-        balance = balance_experts(model, self._args.num_layers, outcome.applied)
-        metrics = load_metrics(balance.counts, balance.bias)
-        layers = by_layer(metrics, balance.layers)
-        values = {**self._record.reduce(), **summary(metrics)}
-        if self._args.seq_aux_loss_coeff:
-            self._sequence_loss = {"sequence loss": self._mean_sequence_loss(balance)}
+        layers = moe_layers(self._args)
+        balance = balance_experts(model, layers, self._args.num_experts, outcome.applied)
+        metrics, values = self._read(balance, outcome)
+        by_number = by_layer(metrics, layers)
+        values |= summary(metrics)
         self._interval.append(values)
-        self._write({**values, **layers, **self._rates})
-        watched = {name: v for name, v in layers.items() if name.startswith("max violation")}
+        self._write({**values, **by_number, **self._rates})
+        watched = {name: v for name, v in by_number.items() if name.startswith("max violation")}
         watched |= {name: v for name, v in values.items() if name == "max logit"}
         for warning in self._alarms.update(self._iteration, watched):
             print_rank_last(f"WARNING: {warning}")
 
     def values(self) -> Mapping[str, float]:
-        """What goes into Megatron's line."""
-        return {**self._sequence_loss, **self._speed.step_ended()}
+        """What goes into Megatron's line; the losses too, which have been read already."""
+        return {**self._losses, **self._sequence_loss, **self._speed.step_ended()}
 
     def log_written(self) -> None:
         """Write the line beneath Megatron's, where it has written one."""
@@ -122,9 +132,28 @@ class StepObserver:
         """Number of the step that has just ended, from 1."""
         return int(self._args.curr_iteration) + 1
 
-    def _mean_sequence_loss(self, balance: StepBalance) -> float:
-        total = balance.sequence_losses.sum().item()
-        return float(self._args.seq_aux_loss_coeff * total / get_current_global_batch_size())
+    def _read(
+        self, balance: StepBalance, outcome: StepOutcome
+    ) -> tuple[LoadMetrics, dict[str, float]]:
+        """All that the host has to know of the step, for which it waits once."""
+        metrics = load_metrics(balance.counts, balance.bias)
+        totals = self._record.totals()
+        read = on_host(
+            [
+                *(getattr(metrics, name) for name in METRICS),
+                balance.sequence_losses.sum(),
+                *outcome.losses.values(),
+                *(() if totals is None else (totals,)),
+            ]
+        )
+        of_layers, (sequence_loss, *rest) = read[: len(METRICS)], read[len(METRICS) :]
+        losses = zip(outcome.losses, rest, strict=False)
+        self._losses = {name: float(value) for name, value in losses}
+        if self._args.seq_aux_loss_coeff:
+            total = self._args.seq_aux_loss_coeff * float(sequence_loss)
+            self._sequence_loss = {"sequence loss": total / get_current_global_batch_size()}
+        values = {} if totals is None else step_values(rest[-1].tolist())
+        return LoadMetrics(*of_layers), values
 
     def _write(self, values: Mapping[str, float]) -> None:
         tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -62,7 +62,10 @@ class TrainingHooks(Protocol):
         """
 
     def values(self) -> Mapping[str, float]:
-        """Values of the step that has just ended, by their names in the log."""
+        """Values of the step that has just ended, by their names in the log.
+
+        They take the place of losses of the same names, which the log would read from the device.
+        """
 
     def log_written(self) -> None:
         """Told when Megatron has logged the step, and started its interval timer anew if due."""
@@ -74,8 +77,8 @@ class TrainingHooks(Protocol):
 _hooks: TrainingHooks | None = None
 
 
-def set_training_hooks(hooks: TrainingHooks) -> None:
-    """Call `hooks` from now on, in the place of those that were set before.
+def set_training_hooks(hooks: TrainingHooks | None) -> None:
+    """Call `hooks` from now on, or nothing, in the place of those that were set before.
 
     Values are averaged over the steps between two log lines, as losses are. Ranks that know no loss
     (all but those of the last pipeline stage) log nothing, as before.
@@ -122,22 +125,30 @@ def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_values(training_log: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(training_log)
-    def log_with_values(loss_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def log_with_values(
+        loss_dict: dict[str, Any], total_loss_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         if _hooks is None:
-            return training_log(loss_dict, *args, **kwargs)
+            return training_log(loss_dict, total_loss_dict, *args, **kwargs)
         values = _hooks.values()
-        if loss_dict:
-            device = torch.cuda.current_device()
-            tensors = {
-                name: torch.tensor([value], dtype=torch.float32, device=device)
-                for name, value in values.items()
-            }
-            loss_dict = {**loss_dict, **tensors}
-        result = training_log(loss_dict, *args, **kwargs)
+        if not loss_dict:
+            values = {}
+        tensors = {name: torch.tensor([v], dtype=torch.float32) for name, v in values.items()}
+        _keep_on_host(total_loss_dict, tensors)
+        result = training_log({**loss_dict, **tensors}, total_loss_dict, *args, **kwargs)
+        _keep_on_host(total_loss_dict, tensors)
         _hooks.log_written()
         return result
 
     return log_with_values
+
+
+def _keep_on_host(totals: dict[str, Any], names: Iterable[str]) -> None:
+    """Let Megatron add up values of the host there; it begins with a zero on the device."""
+    for name in names:
+        total = totals.get(name)
+        if total is None or total.device.type != "cpu":
+            totals[name] = torch.zeros(1)
 
 
 def _with_losses(evaluate: Callable[..., Any]) -> Callable[..., Any]:

@@ -61,7 +61,7 @@ def fed(
     """20 steps in which the routers get the logits of one global batch, cut for the layout."""
     from megatron.core import parallel_state
 
-    from megatron_trinity.training.balance import balance_experts, routers
+    from megatron_trinity.training.balance import balance_experts, moe_layers, routers
 
     args = parse(
         afmoe_config(num_hidden_layers=4),
@@ -81,7 +81,7 @@ def fed(
             part = logits.chunk(tensor_ranks)[tensor_rank].chunk(data_ranks, dim=1)[data_rank]
             for micro_batch in part.chunk(2, dim=1):
                 router.routing(micro_batch.contiguous())
-        balance = balance_experts([model], args.num_layers, applied=True)
+        balance = balance_experts([model], moe_layers(args), args.num_experts, applied=True)
         assert balance.layers == (2, 3, 4)
         counts.append(balance.counts.sum(dim=1).tolist())
     return {r.layer_number: r.expert_bias.clone() for r in routers([model])}, counts
@@ -182,7 +182,7 @@ def test_evaluation_between_steps_changes_nothing(
 
 def skipped(rank: int, world_size: int) -> dict[str, Any]:
     """A step that is skipped: its tokens are forgotten, bias and momentum stay."""
-    from megatron_trinity.training.balance import balance_experts, routers
+    from megatron_trinity.training.balance import balance_experts, moe_layers, routers
 
     args = parse(afmoe_config(num_hidden_layers=4), ["--load-balancing", "smebu"])
     model = build(args)
@@ -190,7 +190,7 @@ def skipped(rank: int, world_size: int) -> dict[str, Any]:
     for applied in (True, False, True):
         for router in routers([model]):
             router.routing(torch.randn(8, 2, 8, generator=torch.Generator().manual_seed(1)))
-        balance_experts([model], args.num_layers, applied)
+        balance_experts([model], moe_layers(args), args.num_experts, applied)
         states.append(
             [
                 (

@@ -26,6 +26,13 @@ from tests.paths import ROOT
 
 # First 16 hex digits of the SHA-256 of each upstream definition, without comments and layout.
 FINGERPRINTS: dict[str, str] = {
+    "megatron.core.utils.local_multi_tensor_l2_norm": "afdb0d1778923660",
+    "megatron.training.utils.common_utils.reduce_max_stat_across_model_parallel_group": (
+        "8ab40e5c08c5f1ac"
+    ),
+    "megatron.training.utils.common_utils.logical_and_across_model_parallel_group": (
+        "9dbc211532df8b59"
+    ),
     "megatron.core.rerun_state_machine.RerunStateMachine.should_checkpoint_and_exit": (
         "7bc2521da9824da1"
     ),

@@ -1,0 +1,405 @@
+"""What does a training step cost a GPU? Counted on a CPU: launches, host syncs, bytes.
+
+One rank of EP 8 of a small `nano`, the other seven fake: forward, backward, optimizer, and all that
+runs behind the step. Widths, sequence, window and vocabulary are divided by `--scale`, with fewer
+layers; experts, heads and experts a token are those of `nano`. Ours beside megatron-core's own
+GPTModel of its local spec, with the same arguments: the same sizes, experts and optimizer, no
+sandwich norm, no logsumexp and largest logit of the tokens.
+
+Operations are those that torch dispatches on a CPU, with the norms and SwiGLU of a GPU in their
+place on both sides, and AdamW over lists of tensors. The tokens that fake ranks send are this
+rank's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_trinity.command_line.parser import command_parser
+from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
+from megatron_trinity.errors import UsageError, run_command
+from megatron_trinity.planning.costs.parts import (
+    BEHIND,
+    EMBEDDING,
+    EXPERTS,
+    GRADIENTS,
+    HEAD,
+    KINDS,
+    OPTIMIZER,
+)
+
+if TYPE_CHECKING:
+    from megatron_trinity.planning.costs.step import Counts
+
+EXAMPLE = """example:
+  OMP_NUM_THREADS=1 python benchmarks/gpu_cost.py
+"""
+
+RANKS = 8
+NANO = {
+    "hidden-size": 1024,
+    "ffn-hidden-size": 3072,
+    "kv-channels": 128,
+    "moe-ffn-hidden-size": 256,
+    "seq-length": 4096,
+    "sliding-window": 2048,
+    "vocab-size": 200192,
+}
+"""Of `nano`, what is divided by `--scale`."""
+
+WARM_UP = 2
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was counted of one side.
+
+    Attributes:
+        parts: layers of each kind.
+        logged: a step with a line in the log.
+    """
+
+    parts: Mapping[str, int]
+    step: Counts
+    logged: Counts
+
+
+def flags(arguments: Namespace, scratch: Path) -> list[str]:
+    """The trainer's command line."""
+    from megatron_trinity.model.loss import LOGITS_AT_ONCE
+
+    options = {
+        "--preset": "nano",
+        **{f"--{name}": size // arguments.scale for name, size in NANO.items()},
+        "--num-layers": arguments.layers,
+        "--micro-batch-size": 1,
+        "--global-batch-size": RANKS,
+        "--expert-model-parallel-size": RANKS,
+        "--optimizer": "adam",
+        "--tokenizer-type": "NullTokenizer",
+        "--train-iters": 1000,
+        "--lr-warmup-iters": 0,
+        "--log-interval": WARM_UP + 2,
+        "--tensorboard-dir": scratch,
+        # As many chunks as nano has.
+        "--loss-chunk-size": LOGITS_AT_ONCE // NANO["vocab-size"] // arguments.scale,
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    return [*words, "--mock-data", "--use-distributed-optimizer"]
+
+
+def start(arguments: Namespace, scratch: Path) -> Namespace:
+    """This process as the last rank, which writes the log; returns Megatron's arguments."""
+    last = str(RANKS - 1)
+    os.environ |= {"RANK": last, "LOCAL_RANK": last, "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+    from megatron_trinity.upstream import adapt_megatron
+
+    adapt_megatron()
+
+    import torch.distributed as dist
+    from megatron.training import get_timers
+    from megatron.training.global_vars import set_global_variables
+    from megatron.training.initialize import initialize_megatron
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_trinity.arguments.parse import parse_arguments as parse
+    from megatron_trinity.training.vocabulary import settle_vocabulary
+
+    args = parse(flags(arguments, scratch))
+    args.use_gloo_process_groups = False
+    args.bias_swiglu_fusion = True  # off on a CPU alone
+    set_global_variables(args)
+    settle_vocabulary(args)
+    dist.init_process_group("fake", store=FakeStore(), rank=RANKS - 1, world_size=RANKS)
+    initialize_megatron()
+    get_timers()("interval-time", log_level=0).start()  # as the loop does
+    return args
+
+
+class Side:
+    """A model, its optimizer and the steps that Megatron's loop takes with them."""
+
+    def __init__(
+        self, args: Namespace, model_config: Any, forward_step: Callable[..., Any]
+    ) -> None:
+        from megatron.core.distributed import finalize_model_grads
+        from megatron.core.enums import ModelType
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.utils import get_model_config, unwrap_model
+        from megatron.training import get_timers, training
+
+        from megatron_trinity.planning.costs.layers import watch_layers
+        from megatron_trinity.planning.costs.places import Places
+        from megatron_trinity.training.optimizer import container_from_args
+
+        self._args = args
+        self.model, self._optimizer, self._scheduler = training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            cfg_container=container_from_args(args, model_config),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+        self._schedule = get_forward_backward_func()
+        self._forward_step = forward_step
+        self._totals: dict[str, Any] = {}
+        self._places = Places(BEHIND)
+        self._config = get_model_config(self.model[0])
+        self._config.grad_scale_func = self._optimizer.scale_loss
+        self._config.timers = get_timers()
+        self._config.finalize_model_grads_func = self._within(GRADIENTS, finalize_model_grads)
+        for owner, name, part in (
+            (self._optimizer, "step", OPTIMIZER),
+            (self._optimizer, "zero_grad", GRADIENTS),
+            (self.model[0], "zero_grad_buffer", GRADIENTS),
+        ):
+            setattr(owner, name, self._within(part, getattr(owner, name)))
+        # What torch takes on a GPU; on a CPU it goes through the parameters one by one.
+        for group in self._optimizer.param_groups:
+            group["foreach"] = not group.get("fused")
+        self.model[0].train()
+        self._inner = unwrap_model(self.model[0])
+        self.parts = watch_layers(self._inner, self._places)
+
+    def step(self, batch: Mapping[str, Any], iteration: int) -> None:
+        """One step, from 1, with its line in the log where one is due."""
+        from megatron.core.rerun_state_machine import RerunDataIterator
+        from megatron.training import training
+
+        args = self._args
+        args.curr_iteration = iteration - 1
+        losses, skipped, _, _, _, norm, zeros, _ = training.train_step(
+            self._forward,
+            RerunDataIterator(iter([batch])),
+            self.model,
+            self._optimizer,
+            self._scheduler,
+            self._config,
+            self._schedule,
+            args.curr_iteration,
+        )
+        rate = self._optimizer.param_groups[0]["lr"]
+        training.training_log(
+            losses, self._totals, rate, iteration, 1.0, False, skipped, norm, None, zeros, 0
+        )
+        if skipped:
+            raise RuntimeError("a step was not applied, so it is not one to count")
+
+    def counted(self, batch: Mapping[str, Any], iteration: int) -> Counts:
+        """The same, counted."""
+        from megatron_trinity.planning.costs.step import count_step
+
+        left_out = [*self._inner.parameters(), *self._inner.buffers()]
+        return count_step(lambda: self.step(batch, iteration), self._places, left_out)
+
+    def _forward(self, *args: Any) -> Any:
+        """The forward step and its loss; a micro-batch begins with what is ahead of the layers."""
+        self._places.enter(EMBEDDING)
+        output, loss = self._forward_step(*args)
+        self._places.leave()
+        return output, self._within(HEAD, loss)
+
+    def _within(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def labelled(*args: Any, **kwargs: Any) -> Any:
+            with self._places.part(part):
+                return function(*args, **kwargs)
+
+        return labelled
+
+
+def our_side(args: Namespace) -> Side:
+    from megatron_trinity.model.config import model_config_from_args
+    from megatron_trinity.training.flops import StepFlops
+    from megatron_trinity.training.forward_step import forward_step
+    from megatron_trinity.training.micro_batches import MicroBatchRecord
+    from megatron_trinity.training.observer import StepObserver
+    from megatron_trinity.training.optimizer import set_up_optimizer
+    from megatron_trinity.upstream.training_hooks import set_training_hooks
+
+    record, flops = MicroBatchRecord(), StepFlops(args)
+    set_training_hooks(StepObserver(args, record, flops))
+    set_up_optimizer(args)
+    return Side(
+        args, model_config_from_args(args), partial(forward_step, record=record, flops=flops)
+    )
+
+
+def megatron_side(args: Namespace) -> Side:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.training.argument_utils import (
+        core_transformer_config_from_args,
+        gpt_config_from_args,
+    )
+
+    from megatron_trinity.upstream.training_hooks import set_training_hooks
+
+    set_training_hooks(None)
+    config = core_transformer_config_from_args(args, TransformerConfig)
+    model_config = gpt_config_from_args(args, config=config)
+    model_config.transformer_layer_spec = lambda _: get_gpt_decoder_block_spec(config, False)
+    return Side(args, model_config, megatron_forward_step)
+
+
+def megatron_forward_step(data_iterator: Iterator[Any], model: Any) -> Any:
+    """As Megatron's `pretrain_gpt.py` has it."""
+    import torch
+
+    batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(data_iterator).items()}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+    def loss(output: Any) -> Any:
+        mask = batch["loss_mask"].view(-1).float()
+        total = torch.sum(output.view(-1).float() * mask)
+        tokens = mask.sum().clone().detach().to(torch.int)
+        report = torch.cat([total.clone().detach().view(1), tokens.view(1)])
+        return total, tokens, {"lm loss": report}
+
+    return output, loss
+
+
+def batch(args: Namespace) -> dict[str, Any]:
+    """A micro-batch of random tokens, in the form of the trainer's data loader."""
+    import torch
+
+    generator = torch.Generator().manual_seed(5)
+    length = args.seq_length
+    tokens = torch.randint(args.vocab_size, (1, length + 1), generator=generator)
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_mask": torch.ones(1, length),
+        "position_ids": torch.arange(length).unsqueeze(0),
+    }
+
+
+def close_log() -> None:
+    from megatron.training import get_tensorboard_writer
+
+    get_tensorboard_writer().close()
+
+
+def count(args: Namespace, side: Side) -> Result:
+    """Count a step, and one with a line in the log."""
+    data = batch(args)
+    # Those ahead of them as well: what they leave on the host is known to be there.
+    *_, step, logged = (side.counted(data, number + 1) for number in range(WARM_UP + 2))
+    return Result(side.parts, step, logged)
+
+
+def figures_of(result: Result) -> dict[tuple[str, str], float]:
+    """Unit and case to figure; of a layer they are the mean over its kind."""
+    step, parts, moe = result.step, result.parts, KINDS[1]
+    experts, per_moe = moe + EXPERTS, parts[moe]
+    found: dict[tuple[str, str], float] = {}
+    for kind in KINDS:
+        found["launches", kind] = of_layer(step.launches, parts, kind)
+    found["launches", "routed experts of a layer"] = step.launches[experts] / per_moe
+    for part in (EMBEDDING, HEAD, GRADIENTS, OPTIMIZER, BEHIND):
+        found["launches", part] = step.launches[part]
+    found["launches", "step"] = step.launches.total()
+    waits = "host syncs"
+    found[waits, KINDS[0]] = synced(step, {KINDS[0]}) / parts[KINDS[0]]
+    found[waits, moe] = synced(step, {moe, experts}) / per_moe
+    found[waits, "micro-batch, outside of layers"] = synced(step, {EMBEDDING, HEAD})
+    found[waits, GRADIENTS] = synced(step, {GRADIENTS})
+    found[waits, OPTIMIZER] = synced(step, {OPTIMIZER})
+    found[waits, BEHIND] = synced(step, {BEHIND})
+    found[waits, "behind a step with a line in the log"] = synced(result.logged, {BEHIND})
+    for collective in ("all_gather", "all_reduce", "all_to_all", "broadcast", "reduce_scatter"):
+        found["MiB sent", collective] = step.collectives[collective] / MIB
+    for kind in KINDS:
+        found["MiB kept", kind] = of_layer(step.kept, parts, kind) / MIB
+    found["MiB kept", "routed experts of a layer"] = step.kept[experts] / per_moe / MIB
+    found["MiB kept", HEAD] = step.kept[HEAD] / MIB
+    found["MiB kept", "step"] = step.kept.total() / MIB
+    return found
+
+
+def rows(found: Mapping[str, Result]) -> list[Row]:
+    """Ours beside megatron-core's."""
+    ours, peer = (figures_of(found[side]) for side in ("ours", "megatron"))
+    return [
+        make_row(f"{case}, {unit}", value, peer[unit, case], unit)
+        for (unit, case), value in ours.items()
+    ]
+
+
+def of_layer(counts: Mapping[str, int], parts: Mapping[str, int], kind: str) -> float:
+    """Of one layer of a kind, its experts included."""
+    return (counts[kind] + counts[kind + EXPERTS]) / parts[kind]
+
+
+def synced(counts: Counts, parts: Collection[str]) -> int:
+    return sum(number for sync, number in counts.syncs.items() if sync.part in parts)
+
+
+def show(found: Mapping[str, Result], figures: Sequence[Row]) -> None:
+    """Print the figures, and where each side waits."""
+    table = Table("", "ours", "megatron-core", "ratio")
+    for row in figures:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        table.add_row(row["case"], f"{row['ours']:.4g}", f"{row['peer']:.4g}", ratio)
+    console = Console(width=120)
+    console.print(table)
+    for name, result in found.items():
+        table = Table("where", "what", "part of the step", "times", "with a line", title=name)
+        for sync in sorted({*result.step.syncs, *result.logged.syncs}):
+            times = (str(counts.syncs[sync]) for counts in (result.step, result.logged))
+            table.add_row(sync.where, sync.what, sync.part, *times)
+        console.print(table)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    sides = {"ours": our_side, "megatron": megatron_side}
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        args = start(arguments, Path(scratch))  # redirected, since Megatron says much
+
+        from megatron_trinity.planning.costs.gpu_paths import take_gpu_paths
+
+        take_gpu_paths()
+        for name, make in sides.items():
+            found[name] = count(args, make(args))
+        close_log()
+    figures = rows(found)
+    show(found, figures)
+    write_rows(arguments.json, figures)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
+    parser = command_parser(__doc__, EXAMPLE)
+    parser.add_argument("--layers", type=int, default=8, help="default %(default)s")
+    parser.add_argument(
+        "--scale", type=int, default=8, help="what sizes are divided by (default %(default)s)"
+    )
+    add_json_argument(parser)
+    parser.add_argument("--quick", action="store_true", help="4 layers, --scale 16")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.layers, arguments.scale = 4, 16
+    if arguments.layers < 4 or arguments.layers % 4:
+        raise UsageError("--layers: use a multiple of 4, which has a layer of every kind")
+    if arguments.scale not in (1, 2, 4, 8, 16):
+        raise UsageError("--scale: use 1, 2, 4, 8 or 16")
+    return arguments
+
+
+if __name__ == "__main__":
+    run_command(main)

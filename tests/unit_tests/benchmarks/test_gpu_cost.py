@@ -1,0 +1,72 @@
+"""What `benchmarks/gpu_cost.py` makes of its counts, and a whole run of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_cost import RANKS, Result, parse_arguments, rows
+from megatron_trinity.errors import UsageError
+from megatron_trinity.planning.costs.host_syncs import HostSync
+from megatron_trinity.planning.costs.parts import EXPERTS, HEAD, KINDS, OPTIMIZER
+from megatron_trinity.planning.costs.step import Counts
+from tests.paths import ROOT
+
+PARTS = {KINDS[0]: 2, KINDS[1]: 3, KINDS[2]: 1}
+
+
+def result(layer: int) -> Result:
+    launches = Counter({KINDS[0]: 2 * layer, KINDS[1]: 60, KINDS[1] + EXPERTS: 30, HEAD: 5})
+    syncs = Counter(
+        {HostSync("a.py:1", "item", KINDS[1]): 3, HostSync("b.py:1", "cpu", OPTIMIZER): 1}
+    )
+    kept = Counter({KINDS[1]: 3 * 2**20, KINDS[1] + EXPERTS: 6 * 2**20})
+    counts = Counts(launches, Counter(all_reduce=2**19), syncs, kept)
+    return Result(PARTS, counts, counts)
+
+
+def test_figures_of_a_layer_are_means_over_its_kind() -> None:
+    found = {row["case"]: row for row in rows({"ours": result(10), "megatron": result(20)})}
+    dense = found["dense layer, launches"]
+    assert (dense["ours"], dense["peer"], dense["ratio"]) == (10, 20, 2.0)
+    assert found["MoE layer, local, launches"]["ours"] == 30
+    assert found["routed experts of a layer, launches"]["ours"] == 10
+    assert found["step, launches"]["ours"] == 115
+    assert found["MoE layer, local, host syncs"]["ours"] == 1
+    assert found["optimizer, host syncs"]["ours"] == 1
+    assert found["MoE layer, local, MiB kept"]["ours"] == 3
+    assert found["all_reduce, MiB sent"]["ours"] == 0.5
+
+
+@pytest.mark.parametrize("words", [("--layers", "6"), ("--layers", "0"), ("--scale", "3")])
+def test_sizes_that_do_not_divide_are_refused(words: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match=words[0]):
+        parse_arguments(words)
+
+
+@pytest.mark.slow
+def test_what_a_step_costs(tmp_path: Path) -> None:
+    """The targets that hold; a change that adds a host sync fails here."""
+    file = tmp_path / "rows.json"
+    command = [sys.executable, "benchmarks/gpu_cost.py", "--quick", "--json", str(file)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    found = {row["case"]: row for row in json.loads(file.read_text())}
+    syncs = {case: row["ours"] for case, row in found.items() if case.endswith("host syncs")}
+    assert syncs["dense layer, host syncs"] == 0
+    assert syncs["MoE layer, local, host syncs"] == 1  # the dispatcher's
+    assert syncs["micro-batch, outside of layers, host syncs"] == 0
+    assert syncs["optimizer, host syncs"] == 1  # the norm
+    # What is logged, once; two of the rerun machine, and a zero for each of three values.
+    assert syncs["behind the step, host syncs"] == 6
+    assert found["routed experts of a layer, launches"]["ratio"] > 1
+    assert found["step, MiB kept"]["ratio"] > 1
+    # Each layer sends its tokens, and gets them back, in both directions.
+    assert found["all_to_all, MiB sent"]["ours"] > 0
+    assert RANKS == 8
