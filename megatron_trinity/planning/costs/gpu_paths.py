@@ -9,6 +9,7 @@ from megatron.core.fusions import fused_bias_swiglu
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor, nn
 
+from megatron_trinity.model import grouped_product
 from megatron_trinity.model.norm import TrinityRMSNorm
 from megatron_trinity.planning.costs.operations import copy_on_host, one_launch
 from megatron_trinity.upstream.registry import rebind
@@ -19,11 +20,13 @@ SWIGLU = ("swiglu", "swiglu_back", "weighted_swiglu", "weighted_swiglu_back")
 def take_gpu_paths() -> None:
     """Let this process take them from now on; for counting alone.
 
-    A pass of torch's RMSNorm and of Megatron's compiled SwiGLU is one launch, and what the
-    dispatcher of tokens moves to the host is there.
+    A pass of torch's RMSNorm, of its grouped product and of Megatron's compiled SwiGLU is one
+    launch, and what the dispatcher of tokens moves to the host is there.
     """
     setattr(nn.functional, "rms_norm", rms_norm)
     setattr(TrinityRMSNorm, "forward", _trinity_norm)
+    setattr(grouped_product, "has_kernel", lambda device, dtype: dtype == torch.bfloat16)
+    setattr(nn.functional, "grouped_mm", one_launch("grouped_mm", nn.functional.grouped_mm))
     for name in SWIGLU:
         function = getattr(fused_bias_swiglu, name)
         setattr(fused_bias_swiglu, name, one_launch(f"fused_{name}", function))
