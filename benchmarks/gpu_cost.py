@@ -252,6 +252,7 @@ def megatron_side(args: Namespace) -> Side:
     set_training_hooks(None)
     config = core_transformer_config_from_args(args, TransformerConfig)
     model_config = gpt_config_from_args(args, config=config)
+    # With Transformer Engine it would be `True`.
     model_config.transformer_layer_spec = lambda _: get_gpt_decoder_block_spec(config, False)
     return Side(args, model_config, megatron_forward_step)
 
@@ -286,12 +287,6 @@ def batch(args: Namespace) -> dict[str, Any]:
         "loss_mask": torch.ones(1, length),
         "position_ids": torch.arange(length).unsqueeze(0),
     }
-
-
-def close_log() -> None:
-    from megatron.training import get_tensorboard_writer
-
-    get_tensorboard_writer().close()
 
 
 def count(args: Namespace, side: Side) -> Result:
@@ -372,12 +367,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         args = start(arguments, Path(scratch))  # redirected, since Megatron says much
 
+        from megatron.training import get_tensorboard_writer
+
         from megatron_trinity.planning.costs.gpu_paths import take_gpu_paths
 
         take_gpu_paths()
         for name, make in sides.items():
             found[name] = count(args, make(args))
-        close_log()
+        get_tensorboard_writer().close()
     figures = rows(found)
     show(found, figures)
     write_rows(arguments.json, figures)
