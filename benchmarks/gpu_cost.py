@@ -252,7 +252,6 @@ def megatron_side(args: Namespace) -> Side:
     set_training_hooks(None)
     config = core_transformer_config_from_args(args, TransformerConfig)
     model_config = gpt_config_from_args(args, config=config)
-    # With Transformer Engine it would be `True`.
     model_config.transformer_layer_spec = lambda _: get_gpt_decoder_block_spec(config, False)
     return Side(args, model_config, megatron_forward_step)
 
@@ -366,7 +365,6 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         args = start(arguments, Path(scratch))  # redirected, since Megatron says much
-
         from megatron.training import get_tensorboard_writer
 
         from megatron_trinity.planning.costs.gpu_paths import take_gpu_paths
