@@ -288,12 +288,6 @@ def batch(args: Namespace) -> dict[str, Any]:
     }
 
 
-def close_log() -> None:
-    from megatron.training import get_tensorboard_writer
-
-    get_tensorboard_writer().close()
-
-
 def count(args: Namespace, side: Side) -> Result:
     """Count a step, and one with a line in the log."""
     data = batch(args)
@@ -371,13 +365,14 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         args = start(arguments, Path(scratch))  # redirected, since Megatron says much
+        from megatron.training import get_tensorboard_writer
 
         from megatron_trinity.planning.costs.gpu_paths import take_gpu_paths
 
         take_gpu_paths()
         for name, make in sides.items():
             found[name] = count(args, make(args))
-        close_log()
+        get_tensorboard_writer().close()
     figures = rows(found)
     show(found, figures)
     write_rows(arguments.json, figures)
