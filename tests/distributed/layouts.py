@@ -98,6 +98,18 @@ ALONE: tuple[Layout, ...] = (
 )
 """One feature at a time, or with what it needs: what fails here says most."""
 
+QUICK: tuple[Layout, ...] = (
+    ("TP 2 + SP",),
+    ("VPP 2",),
+    ("EP 2", "DP 2"),
+    ("CP 2 all-gather",),
+    ("CP 2 a2a",),
+    ("DP 2", "distributed optimizer", "muon"),
+    ("full recompute",),
+    ("documents", "micro-batch 1"),
+)
+"""Those of them that are not left to `bash tests/run.sh --all`."""
+
 CROSSED: tuple[Layout, ...] = (
     ("TP 2 + SP", "EP 2", "ETP 1", "CP 4 all-gather"),
     (

@@ -163,6 +163,7 @@ def test_the_sequence_loss_does_not_depend_on_the_layout(
         )
 
 
+@pytest.mark.slow
 def test_none_leaves_the_bias_where_it_is(ranks: RankPools, data: Path, tmp_path: Path) -> None:
     biases = train(ranks, data, tmp_path / "run", "--load-balancing", "none")
     assert len(biases) == MOE_LAYERS
@@ -214,6 +215,7 @@ def test_a_skipped_step_is_forgotten(ranks: RankPools) -> None:
         assert (before[2], after[2], later[2]) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_momentum_is_saved_and_starts_from_zero_where_there_is_none(
     ranks: RankPools, data: Path, tmp_path: Path
 ) -> None:

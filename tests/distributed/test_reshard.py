@@ -71,6 +71,7 @@ def test_another_layout_goes_on_alike(runs: Runs) -> None:
         assert values == logged(runs.path / "from-half-log", tag)
 
 
+@pytest.mark.slow
 def test_a_file_a_rank_loads_the_same_weights(runs: Runs) -> None:
     half, legacy = runs.path / "half", runs.path / "legacy"
     layout = parse_layout_text("tp=2,ep=2,etp=1")

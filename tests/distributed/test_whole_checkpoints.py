@@ -288,7 +288,7 @@ def test_what_is_kept(ranks: RankPools, folder: Path, run: Path, background: lis
     ("world_size", "full"),
     # The others are of rank 0 alone; the launcher would end the ranks that wait for it.
     first(
-        2,
+        1,
         [
             (2, "__1_0.distcp"),
             (1, f".{POINTER}.new"),

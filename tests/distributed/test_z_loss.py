@@ -130,6 +130,7 @@ def test_what_is_logged_with_z_loss_and_without(reference: Run, without: Run) ->
         reference.values("z loss validation")
 
 
+@pytest.mark.slow
 def test_z_loss_starts_at_its_iteration_and_after_a_resume(
     ranks: RankPools, data: Path, tmp_path: Path, reference: Run, without: Run
 ) -> None:

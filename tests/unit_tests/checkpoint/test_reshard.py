@@ -126,6 +126,7 @@ def test_weights_alone(run: Path, tmp_path: Path) -> None:
     assert all(torch.equal(new.tensor(key), old[key]) for key in new.tensor_keys())
 
 
+@pytest.mark.slow
 def test_memory_bounds_slices_and_files(run: Path, tmp_path: Path) -> None:
     memory = SLICE_SHARE * 8000
     done = reshard(run, tmp_path / "new", memory_bytes=memory)
@@ -166,6 +167,7 @@ def test_an_interrupted_run_goes_on(
     assert all(torch.equal(new[k], t) for k, t in read_tensors(run / "iter_0000002").items())
 
 
+@pytest.mark.slow
 def test_several_processes(run: Path, tmp_path: Path) -> None:
     done = reshard(run, tmp_path / "new", files=3, workers=2)
     new = read_tensors(done.target)

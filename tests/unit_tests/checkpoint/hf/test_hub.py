@@ -158,6 +158,7 @@ def test_a_snapshot_by_path_and_by_name_is_what_it_links_to(
         assert not any(file.is_symlink() for file in (tmp_path / "out" / save).rglob("*"))
 
 
+@pytest.mark.slow
 def test_what_the_cache_lacks_is_downloaded(plain: Path, tmp_path: Path, hub: FakeHub) -> None:
     (plain / "pytorch_model.bin").write_bytes(b"the same weights once more")
     save = tmp_path / "save"

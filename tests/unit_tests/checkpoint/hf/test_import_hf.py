@@ -107,6 +107,7 @@ def test_there_and_back_is_the_same_bit_by_bit(
         torch.testing.assert_close(ours[..., : config.vocab_size], first, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_little_memory_and_several_files_change_nothing(ranks: RankPools, tmp_path: Path) -> None:
     config = afmoe_config(vocab_size=300)
     tensors = random_tensors(config, torch.bfloat16, "fused")
