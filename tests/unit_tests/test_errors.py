@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,7 @@ def piped(command: str, code: str = "${PIPESTATUS[0]}") -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
+HERE, PYTHON = shlex.quote(str(ROOT)), shlex.quote(sys.executable)
 SOURCE = "from megatron_trinity.errors import *\n"
 
 
@@ -115,13 +117,13 @@ SOURCE = "from megatron_trinity.errors import *\n"
 def test_nobody_reads(body: str, code: int, stderr: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(f"{SOURCE}def main():\n    {body}\nrun_command(main)\n")
-    command = f"PYTHONPATH={ROOT} {sys.executable} {program} | true"
+    command = f"PYTHONPATH={HERE} {PYTHON} {program} | true"
     assert piped(command) == (f"{code}\n", stderr)
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
 def test_the_help_of_each_tool_is_read_in_part(script: str) -> None:
-    out, err = piped(f"{sys.executable} tools/{script} --help | true")
+    out, err = piped(f"{PYTHON} tools/{script} --help | true")
     assert (out in ("0\n", "141\n"), err) == (True, "")
 
 
@@ -135,7 +137,7 @@ def test_a_rank_whose_output_nobody_reads_says_so(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     body = "[print('x' * 99) for _ in range(99999)]"
     program.write_text(f"{SOURCE}def main():\n    {body}\nrun_command(main)\n")
-    out, err = piped(f"RANK=0 PYTHONPATH={ROOT} {sys.executable} {program} | true")
+    out, err = piped(f"RANK=0 PYTHONPATH={HERE} {PYTHON} {program} | true")
     line = "error: nobody reads the output any more; use a file for it\n"
     assert (out, err) == ("141\n", line)
 
