@@ -141,6 +141,7 @@ def test_counts_and_losses_do_not_depend_on_micro_batches_or_recompute(
             assert logged(run / "log", tag) == pytest.approx(values[tag], rel=2e-6), (name, tag)
 
 
+@pytest.mark.slow
 def test_the_sequence_loss_does_not_depend_on_the_layout(
     ranks: RankPools, data: Path, tmp_path: Path
 ) -> None:

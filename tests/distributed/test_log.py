@@ -102,6 +102,7 @@ def test_every_evaluation_sees_the_same_samples(ranks: RankPools, data: Path, lo
     assert len(set(values.values())) == 1
 
 
+@pytest.mark.slow
 def test_how_often_a_run_evaluates_changes_no_value(ranks: RankPools, data: Path) -> None:
     save = ("--save", str(data.parent / "save"), "--save-interval", "2")
     often = ("--eval-interval", "1", "--train-iters", "4", "--eval-iters", "2")

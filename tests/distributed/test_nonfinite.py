@@ -246,6 +246,7 @@ def test_steps_that_are_left_out(ranks: RankPools, tmp_path: Path, optimizer: st
     assert [rates[place] for place in (1, 2, 4)] == [rates[0], rates[0], rates[3]]
 
 
+@pytest.mark.slow
 def test_the_data_goes_on_behind_a_step_that_is_left_out(ranks: RankPools, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data")
     # Weights and biases stay what they are, so a loss is its samples' alone.

@@ -55,6 +55,7 @@ def refused(rank: int, world_size: int, flags: list[str]) -> tuple[int, str]:
     return error.value.exit_code, str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on(ranks: RankPools, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     saving = ("--save", run, "--load", run, "--save-interval", "9", "--train-iters", "6")

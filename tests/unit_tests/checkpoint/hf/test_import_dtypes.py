@@ -92,6 +92,7 @@ def test_an_infinity_of_fp16_is_refused_as_any_other(ranks: RankPools, tmp_path:
     assert refused == f"{NAME} has 1 values that are not finite"
 
 
+@pytest.mark.slow
 def test_the_command_says_what_converting_changed(tmp_path: Path) -> None:
     tensors = in_fp16()
     hf = write_afmoe(tmp_path / "hf", afmoe_config(), tensors)
