@@ -1,4 +1,4 @@
-"""Selective recompute of norms without Transformer Engine."""
+"""Selective recompute of norms compiles nothing, and needs no Transformer Engine."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def _copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def install() -> None:
-    """Without Transformer Engine nothing is fp8, and the output of a norm is copied, not shared."""
+    """The output of a norm is copied, not shared; without Transformer Engine nothing is fp8."""
     from megatron.core.tensor_parallel import random as megatron_random
 
+    rebind(megatron_random._get_share_storage, lambda: _copy_storage)
     if megatron_random.HAVE_TE:
         return
     original = megatron_random.CheckpointWithoutOutput.__init__
@@ -50,4 +51,3 @@ def install() -> None:
         self.fp8 = False
 
     megatron_random.CheckpointWithoutOutput.__init__ = __init__
-    rebind(megatron_random._get_share_storage, lambda: _copy_storage)
