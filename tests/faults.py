@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,16 +111,11 @@ def _injected(kind: str, model: Any) -> Iterator[None]:
     machine.error_injector = before
 
 
-@contextmanager
-def _nothing(model: Any) -> Iterator[None]:
-    yield
-
-
-FAULTS: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
+FAULTS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
     "attention": _attention,
     "gradient": _gradient,
     "loss": _loss,
-    "update": _nothing,
+    "update": nullcontext,  # done behind the step
     "persistent": partial(_injected, "persistent_error"),
     "transient": partial(_injected, "transient_error"),
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from megatron_trinity.arguments.refusal import told
+from megatron_trinity.arguments.refusal import told, word_of
 from megatron_trinity.errors import UsageError
 
 
@@ -38,8 +38,7 @@ def _is_not(value: Any) -> Callable[[Any], bool]:
 
 
 def _one_of(*values: str) -> Callable[[Any], bool]:
-    # Enumerations are compared by name.
-    return lambda given: str(getattr(given, "name", given)) in values
+    return lambda given: word_of(given) in values
 
 
 _LEAVE_OUT = "leave it out"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 
-from megatron_trinity.arguments.refusal import Refusal
+from megatron_trinity.arguments.refusal import Refusal, dest_of, word_of
 
 
 def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,22 @@ def derive_kernels(args: Namespace) -> None:
         args.moe_grouped_gemm = True
 
 
+OF_TRANSFORMER_ENGINE = (
+    "--tp-comm-overlap --moe-grouped-gemm --use-te-activation-func --fused-residual-rmsnorm "
+    "--use-transformer-engine-op-fuser --te-precision-config-file --moe-single-grouped-weight "
+    "--moe-single-grouped-bias --use-grouped-gemm-for-dense-mlp "
+    "--use-grouped-gemm-for-shared-expert --fine-grained-activation-offloading "
+    "--use-kitchen-attention --flash-attention-version --use-flash-attn"
+)
+"""Flags that its layers alone take."""
+
+
+def _asks_for_other_layers(args: Namespace) -> bool:
+    return word_of(args.attention_backend) in ("flash", "fused") or any(
+        getattr(args, dest_of(flag)) for flag in OF_TRANSFORMER_ENGINE.split()
+    )
+
+
 KERNEL_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "low-precision",
@@ -33,33 +49,9 @@ KERNEL_REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "layers-of-others",
-        lambda a: (
-            a.transformer_impl == "local"
-            and (
-                a.tp_comm_overlap
-                or a.moe_grouped_gemm
-                or a.use_te_activation_func
-                or a.fused_residual_rmsnorm
-                or a.use_transformer_engine_op_fuser
-                or a.te_precision_config_file
-                or a.moe_single_grouped_weight
-                or a.moe_single_grouped_bias
-                or a.use_grouped_gemm_for_dense_mlp
-                or a.use_grouped_gemm_for_shared_expert
-                or a.fine_grained_activation_offloading
-                or a.use_kitchen_attention
-                or a.flash_attention_version
-                or a.use_flash_attn
-                or getattr(a.attention_backend, "name", a.attention_backend) in ("flash", "fused")
-            )
-        ),
-        "{--tp-comm-overlap}, {--moe-grouped-gemm}, {--use-te-activation-func}, "
-        "{--fused-residual-rmsnorm}, {--use-transformer-engine-op-fuser}, "
-        "{--te-precision-config-file}, {--moe-single-grouped-weight}, {--moe-single-grouped-bias}, "
-        "{--use-grouped-gemm-for-dense-mlp}, {--use-grouped-gemm-for-shared-expert}, "
-        "{--fine-grained-activation-offloading}, {--use-kitchen-attention}, "
-        "{--flash-attention-version}, {--use-flash-attn} and {--attention-backend} flash and "
-        "fused are of Transformer Engine's layers, and would "
+        lambda a: a.transformer_impl == "local" and _asks_for_other_layers(a),
+        f"{', '.join(f'{{{flag}}}' for flag in OF_TRANSFORMER_ENGINE.split())} and "
+        "{--attention-backend} flash and fused are of Transformer Engine's layers, and would "
         "change nothing with {--transformer-impl=}; leave them out",
     ),
     Refusal(

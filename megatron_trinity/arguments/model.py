@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 
-from megatron_trinity.arguments.refusal import Refusal, refuse
+from megatron_trinity.arguments.refusal import Refusal, dest_of, refuse, word_of
 from megatron_trinity.model.architecture import initializer_sigma, moe_pattern, no_rope_pattern
 
 
@@ -99,8 +99,7 @@ SIZES = (
 
 
 def _lacks_sizes(args: Namespace) -> bool:
-    dests = (flag.removeprefix("--").replace("-", "_") for flag in SIZES.split())
-    return any(getattr(args, dest) is None for dest in dests)
+    return any(getattr(args, dest_of(flag)) is None for flag in SIZES.split())
 
 
 MODEL_REFUSALS: tuple[Refusal, ...] = (
@@ -122,7 +121,7 @@ MODEL_REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "attention-backend",
-        lambda a: str(getattr(a.attention_backend, "name", a.attention_backend)) == "local",
+        lambda a: word_of(a.attention_backend) == "local",
         "{--attention-backend} local needs layers of Megatron's own; use auto or unfused",
     ),
     Refusal(

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_trinity.arguments.refusal import Refusal
+from megatron_trinity.arguments.refusal import Refusal, dest_of
 
 LEAST: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use 1 or more": (
@@ -56,7 +56,7 @@ _DESTS = {
 def _refusals() -> Iterator[Refusal]:
     for words, (fits, flags) in LEAST.items():
         for flag in flags.split():
-            dest = _DESTS.get(flag, flag.removeprefix("--").replace("-", "_"))
+            dest = _DESTS.get(flag, dest_of(flag))
             yield Refusal(
                 f"least-{flag.removeprefix('--')}",
                 _is_not(dest, fits),

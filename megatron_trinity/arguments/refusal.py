@@ -80,5 +80,15 @@ def printed(message: str) -> str:
     return _PART.sub(shown, message)
 
 
+def dest_of(flag: str) -> str:
+    """The attribute of parsed arguments that a flag sets, but for the few with another name."""
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def word_of(value: object) -> str:
+    """The value as a command line has it: of an enumeration, the name."""
+    return str(getattr(value, "name", value))
+
+
 def _value(args: Namespace, flag: str) -> object:
-    return getattr(args, flag.removeprefix("--").replace("-", "_"))
+    return getattr(args, dest_of(flag))

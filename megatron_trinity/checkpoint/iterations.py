@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_trinity.checkpoint.hf.directory import hugging_face_hint
 from megatron_trinity.checkpoint.whole.manifest import MANIFEST
 from megatron_trinity.errors import TrinityError
-from megatron_trinity.upstream.checkpoint_tracker import TRACKER, iteration_path
+from megatron_trinity.upstream.checkpoint_tracker import TRACKER, named_by
 
 METADATA, CONFIG = ".metadata", "metadata.json"
 RELEASE = "release"
@@ -102,7 +102,7 @@ def find_iteration(directory: Path) -> Path:
 
 def _pointed_at(directory: Path) -> Path:
     try:
-        return iteration_path(directory, (directory / TRACKER).read_text())
+        return named_by(directory / TRACKER)
     except FileNotFoundError as error:
         hint = hugging_face_hint(directory)
         raise TrinityError(

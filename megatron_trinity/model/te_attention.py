@@ -34,9 +34,8 @@ class TransformerEngineCoreAttention(TrinityCoreAttention):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        **kinds: Any,
     ) -> None:
         super().__init__(
             config,
@@ -44,11 +43,10 @@ class TransformerEngineCoreAttention(TrinityCoreAttention):
             attn_mask_type,
             attention_type,
             attention_dropout,
-            softmax_scale,
-            cp_comm_type,
-            pg_collection,
+            pg_collection=pg_collection,
+            **kinds,
         )
-        in_chunks = self.cp_group is not None and cp_comm_type != "a2a"
+        in_chunks = self.cp_group is not None and self.cp_comm_type != "a2a"
         self.kernel = _Kernel(
             config=_on_one_rank(config, 1 if in_chunks else config.context_parallel_size),
             layer_number=layer_number,

@@ -31,7 +31,7 @@ from megatron_trinity.training.load_paths import goes_on_in_save
 from megatron_trinity.training.resume import candidates, refuse_skipped, unusable
 from megatron_trinity.upstream.checkpoint_failures import REMEDY, what_failed
 from megatron_trinity.upstream.checkpoint_sums import take_sums
-from megatron_trinity.upstream.checkpoint_tracker import TRACKER, iteration_path, replacing
+from megatron_trinity.upstream.checkpoint_tracker import TRACKER, named_by, replacing
 
 Candidate = tuple[Path, str | None]
 
@@ -131,7 +131,7 @@ class WholeCheckpoints:
             return
         pointer = chosen.parent / TRACKER
         try:
-            lags = not pointer.exists() or _named_by(pointer) < number_of(chosen)
+            lags = not pointer.exists() or number_of(named_by(pointer)) < number_of(chosen)
         except (OSError, ValueError):
             return  # it has been skipped with a line
         if lags:
@@ -184,10 +184,6 @@ def _unreadable_object(path: Path, share: slice) -> str | None:
         for key in tensors.object_keys()[share]:
             tensors.object(key)
     return None
-
-
-def _named_by(pointer: Path) -> int:
-    return number_of(iteration_path(pointer.parent, pointer.read_text()))
 
 
 def _of_rank_0(value: Candidate | None) -> Candidate | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron.training.utils import warn_rank_0
 
-from megatron_trinity.checkpoint.iterations import RELEASE, has_manifest, iterations, number_of
+from megatron_trinity.checkpoint.iterations import RELEASE, newest_saved, number_of
 from megatron_trinity.checkpoint.rank_files.checkpoint import RankCheckpoint, rank_files
 from megatron_trinity.checkpoint.torch_dist.read import TorchDistCheckpoint
 from megatron_trinity.checkpoint.whole.candidates import examine, is_empty
@@ -268,7 +268,7 @@ def _check_nothing_newer(args: Namespace, chosen: Path | None) -> None:
     goes_on = chosen is not None and not _starts_anew(args, chosen)
     if goes_on and args.ckpt_step is None and goes_on_in_save(args):
         return  # whatever is newer there was skipped
-    newest = next(filter(has_manifest, iterations(Path(args.save))), None)
+    newest = newest_saved(Path(args.save))
     if newest is not None and number_of(newest) > start:
         raise UsageError(
             f"--save {args.save} has {newest.name} already, and this run starts at iteration "

@@ -62,6 +62,15 @@ def iteration_path(directory: Path, pointer: str) -> Path:
     return directory / (f"iter_{int(name):07d}" if name.isdecimal() else name)
 
 
+def named_by(pointer: Path) -> Path:
+    """The directory of the iteration that a pointer names, there or not.
+
+    Raises:
+        OSError, ValueError: the pointer cannot be read.
+    """
+    return iteration_path(pointer.parent, pointer.read_text())
+
+
 def call_around_pointer(before: OnIteration, after: OnIteration) -> None:
     """Call these with the directory of the iteration, before and after a pointer moves to it."""
     global _before, _after

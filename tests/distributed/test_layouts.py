@@ -86,10 +86,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def references(
     ranks: RankPools, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Layout, Answer]:
-    """One rank's answers; which of them a layout must give depends on its data and optimizer."""
-    path = tmp_path_factory.mktemp("references")
+    return answers_of_one_rank(ranks, data, tmp_path_factory.mktemp("references"))
+
+
+def answers_of_one_rank(ranks: RankPools, data: Path, path: Path) -> dict[Layout, Answer]:
+    """By what a layout's answer depends on, its data and its optimizer; see `kind_of`."""
     kinds: list[Layout] = [(), ("documents",), ("muon",), ("documents", "muon")]
     return {kind: train(ranks, data, path / "-".join(("run", *kind)), kind) for kind in kinds}
+
+
+def kind_of(layout: Layout) -> Layout:
+    """The one-rank layout whose answer it has to give."""
+    return tuple(name for name in ("documents", "muon") if name in layout)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +115,7 @@ def test_a_layout_gives_the_answer_of_one_rank(
     layout: Layout,
 ) -> None:
     got = train(ranks, data, tmp_path / "run", layout)
-    expected = references[tuple(name for name in ("documents", "muon") if name in layout)]
-    check(got, expected, layout)
+    check(got, references[kind_of(layout)], layout)
 
 
 def check(got: Answer, expected: Answer, layout: Layout) -> None:

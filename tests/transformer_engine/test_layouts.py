@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed.layouts import ALONE, Layout, ranks_of
 from tests.distributed.pool import RankPools
-from tests.distributed.test_layouts import Answer, check, train
+from tests.distributed.test_layouts import Answer, answers_of_one_rank, check, kind_of, train
 from tests.trainer import write_dataset
 from tests.transformer_engine.models import TE
 
@@ -41,9 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def references(
     ranks: RankPools, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Layout, Answer]:
-    path = tmp_path_factory.mktemp("references")
-    kinds: list[Layout] = [(), ("documents",), ("muon",), ("documents", "muon")]
-    return {kind: train(ranks, data, path / "-".join(("run", *kind)), kind) for kind in kinds}
+    return answers_of_one_rank(ranks, data, tmp_path_factory.mktemp("references"))
 
 
 def products_made(rank: int, world_size: int) -> tuple[int, int]:
@@ -73,4 +71,4 @@ def test_a_layout_gives_the_answer_of_the_portable_one(
     made = te_ranks.run(products_made, world_size=ranks_of(layout))
     assert all(products > 0 for products, _ in made)
     assert any(grouped > 0 for _, grouped in made)  # a stage may have dense layers alone
-    check(got, references[tuple(x for x in ("documents", "muon") if x in layout)], layout)
+    check(got, references[kind_of(layout)], layout)

@@ -23,7 +23,7 @@ from megatron_trinity.checkpoint.torch_dist.read import READ_ERRORS
 from megatron_trinity.checkpoint.whole.manifest import MANIFEST, faults, read_manifest, strangers
 from megatron_trinity.errors import TrinityError, root_cause
 from megatron_trinity.upstream.checkpoint_pickles import load_metadata
-from megatron_trinity.upstream.checkpoint_tracker import TRACKER, iteration_path
+from megatron_trinity.upstream.checkpoint_tracker import TRACKER, named_by
 
 LAST_OF_MEGATRON = CONFIG
 """The last file that Megatron itself writes into an iteration."""
@@ -121,7 +121,7 @@ def examine(directory: Path, step: int | None) -> Iterator[tuple[Path, str | Non
 
 def _pointer_fault(pointer: Path) -> str | None:
     try:
-        named = iteration_path(pointer.parent, pointer.read_text())
+        named = named_by(pointer)
     except (OSError, ValueError) as error:
         return f"it cannot be read: {error}"
     if not is_named(named):
