@@ -96,7 +96,7 @@ def _judging(should_run: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def read_norms(norms: list[Tensor], bad_here: bool) -> tuple[tuple[Tensor, ...], bool]:
-    """This rank's norms on the host, and whether any rank has one that is not finite or is bad already.
+    """This rank's norms on the host, and whether any rank is bad or has one that is not finite.
 
     Collective over all ranks; the host waits once.
     """

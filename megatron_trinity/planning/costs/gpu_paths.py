@@ -21,7 +21,8 @@ def take_gpu_paths() -> None:
     """Let this process take them from now on; for counting alone.
 
     A pass of torch's RMSNorm, of its grouped product and of what is compiled (Megatron's SwiGLU,
-    the loss of a chunk) is one launch, and what the dispatcher of tokens moves to the host is there.
+    the loss of a chunk) is one launch, and what the dispatcher of tokens moves to the host is
+    there.
     """
     setattr(nn.functional, "rms_norm", rms_norm)
     setattr(TrinityRMSNorm, "forward", _trinity_norm)

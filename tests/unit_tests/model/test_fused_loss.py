@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,7 +55,8 @@ def losses(
                 hidden, weight, labels, VOCAB, dist.group.WORLD, chunk_size=chunk_size
             )
             (values.cross_entropy.sum() + 0.1 * values.log_sum_exp.square().sum()).backward()
-    assert hidden.grad is not None and weight.grad is not None
+    assert hidden.grad is not None
+    assert weight.grad is not None
     values_of_all = torch.stack(values).detach()
     return values_of_all, hidden.grad.float(), weight.grad.float(), counter.launches.total()
 
@@ -70,7 +73,7 @@ def test_the_same_losses_in_a_few_launches_a_chunk(ranks: RankPools, chunk_size:
 @pytest.mark.parametrize(("fused", "a_chunk"), [(True, 8), (False, 23)])
 def test_what_a_chunk_launches(ranks: RankPools, fused: bool, a_chunk: int) -> None:
     counts = [ranks.run(losses, fused, size, world_size=1)[0][-1] for size in (12, 8, 6)]
-    assert [more - fewer for fewer, more in zip(counts, counts[1:], strict=False)] == [a_chunk] * 2
+    assert [more - fewer for fewer, more in pairwise(counts)] == [a_chunk] * 2
 
 
 @pytest.mark.slow
