@@ -1,4 +1,4 @@
-"""What happens to a chunk's logits between the products of the head: one kernel each way.
+"""What happens to a chunk's logits between the products of the head, compiled.
 
 They are read in the dtype that the product gave them, and computed with in fp32. As Megatron's
 fusions are, it is compiled where there is a GPU with Triton; the plain form is `loss.py`'s.

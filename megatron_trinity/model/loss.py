@@ -20,8 +20,8 @@ gradient of the weight, a sum over tokens, would be kept in the meantime, as lar
 With one chunk, all logits fit into what a chunk may hold: they are kept, and nothing is computed
 twice.
 
-What happens to the logits between the products is a kernel in each direction where there is Triton
-(`fused_loss.py`), which needs no fp32 copy of them: a chunk is 8 launches then, and 23 elsewhere.
+What happens to the logits between the products is compiled where there is Triton (`fused_loss.py`),
+without an fp32 copy of them: a chunk is 8 launches then, and 23 elsewhere.
 
 Shapes: n tokens, s sequence length, b micro-batch, h hidden size, v vocabulary (padded), tp
 tensor-parallel ranks.
