@@ -92,8 +92,12 @@ class Machine:
             yield
 
 
-def start(machine: Machine) -> None:
-    """This process as the only rank, with megatron-core adapted and its groups made."""
+def start(machine: Machine, *, groups: bool = True) -> None:
+    """This process as the only rank, with megatron-core adapted.
+
+    Args:
+        groups: make Megatron's too, which a model's own layout would otherwise.
+    """
     from megatron_trinity.command_line.single_rank import single_rank_environment
 
     os.environ |= single_rank_environment()
@@ -107,6 +111,8 @@ def start(machine: Machine) -> None:
     if not machine.toy:
         torch.cuda.set_device(0)
     torch.distributed.init_process_group("gloo" if machine.toy else "nccl")
+    if not groups:
+        return
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 

@@ -124,9 +124,7 @@ def values(
         yield at_most(f"{case}: {part}", distance(one, other), BOUND)
 
 
-def seen(
-    length: int, window: int | None, starts: Tensor | None, device: torch.device
-) -> Tensor:
+def seen(length: int, window: int | None, starts: Tensor | None, device: torch.device) -> Tensor:
     """Which keys a query sees: `[1 or b, s, s]` bool."""
     query = torch.arange(length, device=device)[:, None]
     key = torch.arange(length, device=device)[None, :]
@@ -145,9 +143,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor
     return (weights @ v).permute(2, 0, 1, 3).flatten(2)
 
 
-def speed(
-    machine: Machine, kernel: str, layer: str, packed: bool, length: int, window: int
-) -> Row:
+def speed(machine: Machine, kernel: str, layer: str, packed: bool, length: int, window: int) -> Row:
     """Both passes, beside torch's attention with the same tokens in a mask."""
     qkv, g = inputs(machine, length)
     given, starts = documents(machine, length) if packed else (None, None)

@@ -15,8 +15,10 @@ from tests.gpu.machine import Machine, distance
 from tests.gpu.rows import Row, at_most, beside
 from tests.paths import ROOT
 
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
-"""Five steps on matrices that are not near each other's range; bf16 is rounded in each."""
+BOUNDS = {torch.float32: 3e-5, torch.bfloat16: 2e-2}
+"""Of five steps; in bf16 every product is rounded."""
+LARGEST = 1.3
+"""Singular value that the polynomial of the last step lets through."""
 
 
 def rows(machine: Machine) -> Iterator[Row]:
@@ -44,9 +46,9 @@ def values(machine: Machine, name: str, shape: tuple[int, int, int]) -> Iterator
         got = newton_schulz(given.clone(), steps, dtype)
         case = f"{name}, {str(dtype).removeprefix('torch.')}"
         yield at_most(f"{case}: orthogonalised", distance(got, expected), bound)
-    # Singular values come near 1, so that fp64 itself is what it is to be.
-    singular = torch.linalg.svdvals(expected)
-    yield at_most(f"{name}: singular values", float((singular - 1).abs().max()), 0.4, "off 1")
+    # So that fp64 itself is what it is to be.
+    largest = float(torch.linalg.svdvals(expected[0]).max())
+    yield at_most(f"{name}, float64: largest singular value", largest, LARGEST, "")
 
 
 def benchmark(machine: Machine) -> Iterator[Row]:
