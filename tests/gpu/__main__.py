@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_trinity.command_line.parser import command_parser, require_parent
 from megatron_trinity.errors import TrinityError, UsageError, run_command
-from tests.gpu.rows import Row, failed, print_rows, read_rows, write_json
+from tests.gpu.rows import Row, failed, last_line, print_rows, read_rows, write_json
 from tests.paths import ROOT
 
 EXAMPLE = """example:
@@ -116,11 +116,6 @@ def run_subject(subject: str, toy: bool, scratch: Path) -> list[Row]:
         why = last_line(output.read_text(errors="replace")) if isinstance(code, int) else code
         rows.append(replace(failed("runs to its end", why or f"exit code {code}"), subject=subject))
     return rows
-
-
-def last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
 
 
 if __name__ == "__main__":

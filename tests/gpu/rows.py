@@ -50,15 +50,15 @@ def at_most(case: str, value: float, bound: float, unit: str = "relative error")
 
 def beside(
     case: str,
-    value: float,
-    peer: float,
+    figures: tuple[float, float],
     name: str,
     unit: str,
     *,
     more_is_better: bool = False,
     at_least: float = 1.0,
 ) -> Row:
-    """A figure beside another's: held where the ratio, above 1 in favour of ours, is `at_least`."""
+    """Our figure beside that of `name`: held where the ratio, above 1 for ours, is `at_least`."""
+    value, peer = figures
     over, under = (value, peer) if more_is_better else (peer, value)
     ratio = over / under if under else float("inf")
     verdict = HELD if ratio >= at_least else FELL_SHORT
@@ -82,6 +82,13 @@ def skipped(case: str, why: str) -> Row:
 
 def failed(case: str, why: str) -> Row:
     return Row(case, None, "", "", f"failed: {why}", correctness=True)
+
+
+def last_line(text: str) -> str:
+    """Of what a process has printed: what it says of its error, or what it said last."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    return [*errors[:1], *lines[-1:], ""][0][:300]
 
 
 def read_rows(file: Path, subject: str) -> list[Row]:

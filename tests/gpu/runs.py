@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tests.gpu.machine import Machine
+from tests.gpu.rows import last_line
 from tests.paths import ROOT
 
 Steps = dict[int, str]
@@ -47,9 +48,8 @@ class Runs:
                 stderr=subprocess.STDOUT,
             ).returncode
         if code:
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            told = [line for line in lines if line.startswith("error:")] or lines[-1:]
-            raise RuntimeError(f"the run {name} ended with {code}: {told[0] if told else ''}")
+            told = last_line(log.read_text(errors="replace"))
+            raise RuntimeError(f"the run {name} ended with {code}: {told}")
         return steps_of(file)
 
     def _flags(self) -> list[str]:

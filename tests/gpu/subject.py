@@ -25,7 +25,7 @@ def main() -> None:
     os.environ |= getattr(module, "ENVIRONMENT", {})
 
     from tests.gpu.machine import Machine
-    from tests.gpu.rows import as_toy, append_row
+    from tests.gpu.rows import append_row, as_toy
 
     # What Megatron says at its start is not the subject's last line.
     with contextlib.redirect_stdout(sys.stderr):

@@ -117,7 +117,8 @@ def values(
     got = [out, *torch.autograd.grad(out, qkv, g)]
     exact = [tensor.detach().double().requires_grad_() for tensor in qkv]
     mask = seen(length, window if layer == "local" else None, starts, machine.device)
-    out = reference(*exact, mask)
+    query, key, value = exact
+    out = reference(query, key, value, mask)
     expected = [out, *torch.autograd.grad(out, exact, g.double())]
     case = f"{kernel}: {layer}{', documents' if packed else ''}, bf16"
     for part, one, other in zip(("output", "dq", "dk", "dv"), got, expected, strict=True):
@@ -159,6 +160,6 @@ def speed(machine: Machine, kernel: str, layer: str, packed: bool, length: int, 
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         torch.autograd.grad(out.permute(2, 0, 1, 3).flatten(2), qkv, g)
 
-    times = [1e3 * machine.seconds(work) for work in (ours, masked)]
+    times = (1e3 * machine.seconds(ours), 1e3 * machine.seconds(masked))
     case = f"{kernel}: {layer}{', documents' if packed else ''}, s = {length}: both passes"
-    return beside(case, *times, "torch's with a mask of tokens", "ms")
+    return beside(case, times, "torch's with a mask of tokens", "ms")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,10 +90,10 @@ def costs(machine: Machine, tokens: int, hidden: int, vocab: int) -> Iterator[Ro
     given = tensors(machine, sizes, torch.bfloat16)
     gradients = sum(t.numel() * t.element_size() for t in given[:2])
     sides = {"ours": ours(None), "whole": whole}
-    taken = {k: 1e3 * machine.seconds(lambda f=f: both_ways(f, given)) for k, f in sides.items()}
-    peaks = {k: machine.peak_bytes(lambda f=f: both_ways(f, given)) for k, f in sides.items()}
-    yield beside(f"{name}: both passes", taken["ours"], taken["whole"], "whole logits", "ms")
-    mine, its = ((peaks[side] - gradients) / GIB for side in sides)
+    work = {side: partial(both_ways, loss, given) for side, loss in sides.items()}
+    times = (1e3 * machine.seconds(work["ours"]), 1e3 * machine.seconds(work["whole"]))
+    yield beside(f"{name}: both passes", times, "whole logits", "ms")
+    mine, its = ((machine.peak_bytes(work[side]) - gradients) / GIB for side in sides)
     case = f"{name}: peak beside weights and gradients"
     if machine.toy:
         yield measured(case, mine, "GiB", f"whole logits: {its:.3g}")

@@ -59,4 +59,4 @@ def benchmark(machine: Machine) -> Iterator[Row]:
         command = [sys.executable, "benchmarks/muon.py", *flags, "--json", str(file)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
         for row in json.loads(file.read_text()):
-            yield beside(row["case"], row["ours"], row["peer"], "the peer", row["unit"])
+            yield beside(row["case"], (row["ours"], row["peer"]), "the peer", row["unit"])
