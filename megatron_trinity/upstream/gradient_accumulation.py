@@ -14,7 +14,7 @@ ADAPTATION = Adaptation(
     symbols=("megatron.core.tensor_parallel.layers._grad_accum_fusion_available",),
     reason=(
         "megatron-core's own linear layers, of which the LM head is one, raise under "
-        "`--gradient-accumulation-fusion` without Apex's kernel, though Transformer Engine, whose "
+        "`gradient_accumulation_fusion` without Apex's kernel, though Transformer Engine, whose "
         "layers need no Apex for it, has a product that adds to an fp32 buffer as well"
     ),
     written_for="megatron-core 0.19.2, Transformer Engine 2.20",
