@@ -54,7 +54,7 @@ def test_it_starts_where_all_is_installed(machines: Machines, preset: str) -> No
         "gradient_accumulation_fusion": True,
         "transformer_impl": "transformer_engine",
         "expert_model_parallel_size": 8,
-        "use_distributed_optimizer": True,
+        "use_layer_wise_distributed_optimizer": True,  # what Muon makes of the flag
         "world_size": RANKS[preset],
         "bf16": True,
     }
