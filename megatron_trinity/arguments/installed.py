@@ -77,8 +77,8 @@ FUSIONS: tuple[Fusion, ...] = (
     Fusion(
         "gradient_accumulation_fusion",
         "the accumulation of gradients",
-        lambda i: i.wgrad_fusion,
-        "NVIDIA's Apex",
+        lambda i: i.wgrad_fusion or _te(2, 1)(i),
+        "Transformer Engine or NVIDIA's Apex",
     ),
 )
 """Those that are a default of ours where they are there; what Megatron has beside them is

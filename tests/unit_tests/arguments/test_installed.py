@@ -29,12 +29,12 @@ ROPE, PERMUTE, SWIGLU, WGRAD = (fusion.dest for fusion in FUSIONS)
         (NOTHING, set()),
         (ALL, {ROPE, PERMUTE, SWIGLU, WGRAD}),
         (Installed(triton=True), {SWIGLU}),
-        (Installed("2.20.2"), {ROPE}),
-        (Installed("2.20.2", triton=True), {ROPE, PERMUTE, SWIGLU}),
-        (Installed("2.20.2+abc", triton=True), {ROPE, PERMUTE, SWIGLU}),
+        (Installed("2.20.2"), {ROPE, WGRAD}),
+        (Installed("2.20.2", triton=True), {ROPE, PERMUTE, SWIGLU, WGRAD}),
+        (Installed("2.20.2+abc", triton=True), {ROPE, PERMUTE, SWIGLU, WGRAD}),
         (Installed("2.0.1", triton=True), {ROPE, SWIGLU}),
         (Installed("1.3", triton=True), {SWIGLU}),
-        (Installed("2.1.0.dev0", triton=True), {ROPE, PERMUTE, SWIGLU}),
+        (Installed("2.1.0.dev0", triton=True), {ROPE, PERMUTE, SWIGLU, WGRAD}),
         (Installed(apex=True), set()),
         (Installed(apex=True, wgrad_fusion=True), {WGRAD}),
         (Installed(deep_ep=True), set()),
@@ -115,7 +115,8 @@ def test_every_flag_that_needs_a_library_needs_cuda() -> None:
             "layers: portable; kernels: those of torch; fused: nothing; not fused: RoPE (needs "
             "Transformer Engine), "
             "the permutation of tokens (needs Transformer Engine and Triton), SwiGLU (needs Triton "
-            "with a C compiler), the accumulation of gradients (needs NVIDIA's Apex)",
+            "with a C compiler), the accumulation of gradients (needs Transformer Engine "
+            "or NVIDIA's Apex)",
         ),
         (
             ALL,
