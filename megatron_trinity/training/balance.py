@@ -31,12 +31,14 @@ class StepBalance:
         bias: `[len(layers), E]` fp32, after the update.
         sequence_losses: `[len(layers)]` fp32, sums over the sequences of the global batch, before
             the coefficient.
+        told: what was given to be summed over all ranks; None if nothing was.
     """
 
     layers: tuple[int, ...]
     counts: Tensor
     bias: Tensor
     sequence_losses: Tensor
+    told: Tensor | None = None
 
 
 def routers(model: Sequence[Any]) -> list[TrinityRouter]:
@@ -55,7 +57,11 @@ def moe_layers(args: Namespace) -> tuple[int, ...]:
 
 
 def balance_experts(
-    model: Sequence[Any], layers: Sequence[int], num_experts: int, applied: bool
+    model: Sequence[Any],
+    layers: Sequence[int],
+    num_experts: int,
+    applied: bool,
+    told: Tensor | None = None,
 ) -> StepBalance:
     """Count the step's tokens over all ranks, and move the biases if the step was applied.
 
@@ -65,6 +71,7 @@ def balance_experts(
     Args:
         layers: `moe_layers` of the model.
         num_experts: E.
+        told: `[any]` int64, summed over all ranks in the same exchange.
     """
     device = torch.cuda.current_device()
     local = {router.layer_number: router for router in routers(model)}
@@ -75,6 +82,10 @@ def balance_experts(
     # No index of layers: a list of numbers would be copied to the device, and waited for.
     counts = torch.stack([counted.get(number, no_counts) for number in layers])
     losses = torch.stack([lost.get(number, no_bias[0]) for number in layers])
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    shape, size = counts.shape, counts.numel()
+    if told is not None:
+        counts = torch.cat([counts.flatten(), told])
     if local:
         torch._foreach_zero_([*counted.values(), *lost.values()])
         # Every rank that has routed tokens of these layers: tensor (its parts of the sequence),
@@ -83,16 +94,23 @@ def balance_experts(
         dist.all_reduce(counts, group=group)
         dist.all_reduce(losses, group=group)
         if applied:
-            for of_layer, number in zip(counts, layers, strict=True):
+            routed = counts[:size].view(shape) if told is not None else counts
+            for of_layer, number in zip(routed, layers, strict=True):
                 if number in local:
                     local[number].balance(of_layer)
+    elif told is not None:  # a stage without experts has ranks that were told something, too
+        dist.all_reduce(
+            counts,
+            group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+        )
     moved = {number: router.expert_bias for number, router in local.items()}
     bias = torch.stack([moved.get(number, no_bias) for number in layers])
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
     if pipeline.size() > 1:
         for tensor in (counts, bias, losses):
             dist.all_reduce(tensor, group=pipeline)
-    return StepBalance(tuple(layers), counts, bias, losses)
+    if told is not None:
+        counts, told = counts[:size].view(shape), counts[size:]
+    return StepBalance(tuple(layers), counts, bias, losses, told)
 
 
 def forget_counts(model: Sequence[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from statistics import fmean
 from types import MappingProxyType
@@ -26,9 +26,11 @@ from megatron_trinity.training.balance import (
 )
 from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.host import on_host
+from megatron_trinity.training.leaving import Leaving
 from megatron_trinity.training.metrics import StepMetrics
 from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
 from megatron_trinity.training.step_guard import StepGuard
+from megatron_trinity.training.watch import Watch
 from megatron_trinity.upstream.training_hooks import StepOutcome
 
 METRICS = [field.name for field in fields(LoadMetrics)]
@@ -48,11 +50,15 @@ class StepObserver:
         record: MicroBatchRecord,
         flops: StepFlops,
         held: Hold | None = None,
+        leaving: Leaving | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """`record` is what the loss function writes to, `flops` what the loop asks.
 
-        `held` is `--save` on rank 0: a run that has lost it ends with the next step.
+        `held` is `--save` on rank 0: a run that has lost it ends with the next step. `leaving`
+        hears behind each step whether a rank was told to stop; `watch` is told of each step.
         """
+        self._leaving, self._watch = leaving, watch
         self._held = held
         self._args = args
         self._record = record
@@ -65,6 +71,13 @@ class StepObserver:
         self._sequence_loss: dict[str, float] = {}
         self._interval: list[Mapping[str, float]] = []
         self._rates: Mapping[str, float] = {}
+
+    def step_begins(self, iteration: int) -> None:
+        """Tell those who watch."""
+        if self._leaving is not None:
+            self._leaving.step_begins()
+        if self._watch is not None:
+            self._watch.step_begins(iteration)
 
     def step_restarted(self, model: Sequence[Any]) -> None:
         """Forget what the first try has counted."""
@@ -80,13 +93,16 @@ class StepObserver:
         """
         if self._held is not None:
             self._held.check(look=False)
+        if self._watch is not None:
+            self._watch.step_ends()
         self._rates = other_rates(optimizer.param_groups)
         self._losses = {}
         if self._guard.drops(model, outcome):
             self._forget(model)
             return
         layers = moe_layers(self._args)
-        balance = balance_experts(model, layers, self._args.num_experts, outcome.applied)
+        told = None if self._leaving is None else self._leaving.told()
+        balance = balance_experts(model, layers, self._args.num_experts, outcome.applied, told)
         metrics, values = self._read(balance, outcome)
         by_number = by_layer(metrics, layers)
         values |= summary(metrics)
@@ -107,6 +123,16 @@ class StepObserver:
         if self._interval and self._iteration % self._args.log_interval == 0:
             print_rank_last(balance_line(self._iteration, self._interval, self._rates))
             self._interval.clear()
+
+    def ends_evaluation(self) -> bool:
+        """Behind a batch of an evaluation: whether the run leaves, and this one with it."""
+        if self._watch is not None:
+            self._watch.alive()
+        return self._leaving is not None and self._leaving.ask()
+
+    def leaves(self, iteration: int, saved: bool, save: Callable[[], None]) -> bool:
+        """Whether the run leaves behind this step; it has saved then."""
+        return self._leaving is not None and self._leaving.leaves(iteration, saved, save)
 
     def evaluated(self, losses: Mapping[str, Tensor]) -> None:
         """Refuse to go on from a validation that says nothing.
@@ -142,11 +168,14 @@ class StepObserver:
             [
                 *(getattr(metrics, name) for name in METRICS),
                 balance.sequence_losses.sum(),
+                *(() if balance.told is None else (balance.told,)),
                 *outcome.losses.values(),
                 *(() if totals is None else (totals,)),
             ]
         )
         of_layers, (sequence_loss, *rest) = read[: len(METRICS)], read[len(METRICS) :]
+        if self._leaving is not None:
+            self._leaving.heard(rest.pop(0).tolist())
         losses = zip(outcome.losses, rest, strict=False)
         self._losses = {name: float(value) for name, value in losses}
         if self._args.seq_aux_loss_coeff:
