@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
-from megatron_trinity.exits import BAD_STEP, FAILED, NOBODY_READS, USAGE
+from megatron_trinity.exits import BAD_STEP, FAILED, NOBODY_READS, REWIND, USAGE
 
 TRACEBACK = "MEGATRON_TRINITY_TRACEBACK"
 """Environment variable that, if set, shows the traceback behind an error; for developers."""
@@ -61,6 +61,12 @@ class Stopped(Exception):
     def __init__(self, line: str, exit_code: int, by_any: bool = False) -> None:
         super().__init__(line)
         self.exit_code, self.by_any = exit_code, by_any
+
+
+class SpikeError(StepError):
+    """A run ends at a spike, and its next start leaves the data out that led there."""
+
+    exit_code = REWIND
 
 
 def root_cause(error: BaseException) -> str:

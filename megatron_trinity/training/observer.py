@@ -29,6 +29,7 @@ from megatron_trinity.training.host import on_host
 from megatron_trinity.training.leaving import Leaving
 from megatron_trinity.training.metrics import StepMetrics
 from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
+from megatron_trinity.training.spikes import LOSS, NORM, Spikes, on_all_stages
 from megatron_trinity.training.step_guard import StepGuard
 from megatron_trinity.training.watch import Watch
 from megatron_trinity.upstream.training_hooks import StepOutcome
@@ -64,6 +65,7 @@ class StepObserver:
         self._record = record
         self._flops = flops
         self._guard = StepGuard(args)
+        self._spikes = Spikes(args)
         per_gpu = (lambda: flops.newest / args.world_size) if args.log_throughput else None
         self._speed = StepMetrics(flops_per_gpu=per_gpu)
         self._alarms = Alarms(args.alarm_window)
@@ -72,8 +74,9 @@ class StepObserver:
         self._interval: list[Mapping[str, float]] = []
         self._rates: Mapping[str, float] = {}
 
-    def step_begins(self, iteration: int) -> None:
+    def step_begins(self, iteration: int, optimizer: Any) -> None:
         """Tell those who watch."""
+        self._spikes.begins(optimizer)
         if self._leaving is not None:
             self._leaving.step_begins()
         if self._watch is not None:
@@ -104,6 +107,10 @@ class StepObserver:
         told = None if self._leaving is None else self._leaving.told()
         balance = balance_experts(model, layers, self._args.num_experts, outcome.applied, told)
         metrics, values = self._read(balance, outcome)
+        if self._args.spike_factor and outcome.norm is not None:
+            loss = on_all_stages(self._losses.get(LOSS))
+            judged = {LOSS: loss, NORM: float(outcome.norm)}
+            self._spikes.ends(self._iteration, judged, outcome.applied)
         by_number = by_layer(metrics, layers)
         values |= summary(metrics)
         self._interval.append(values)

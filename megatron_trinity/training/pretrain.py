@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from megatron.core.enums import ModelType
 from megatron.training.async_utils import maybe_finalize_async_save
@@ -27,11 +29,13 @@ from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.forward_step import forward_step
 from megatron_trinity.training.held_save import held_save
 from megatron_trinity.training.leaving import Leaving
+from megatron_trinity.training.load_paths import goes_on_in_save
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
 from megatron_trinity.training.profiles import check_profile
 from megatron_trinity.training.resume import check_checkpoint, start_of
+from megatron_trinity.training.spikes import SKIPPED, noted
 from megatron_trinity.training.stop import Stop, stopping
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
 from megatron_trinity.training.watch import Watch
@@ -72,6 +76,7 @@ def _pretrain(argv: Sequence[str] | None, stop: Stop) -> None:
     with held_save(args) as held, finished_saves():
         checked = check_checkpoint(args)
         check_profile(args, start_of(args, checked))
+        leave_out_noted(args)
         record, flops = MicroBatchRecord(), StepFlops(args)
         set_flop_counter(flops)
         leaving, watch = Leaving(args, stop), Watch(args)
@@ -88,6 +93,14 @@ def _pretrain(argv: Sequence[str] | None, stop: Stop) -> None:
                 ModelType.encoder_or_decoder,
                 partial(forward_step, record=record, flops=flops),
             )
+
+
+def leave_out_noted(args: Namespace) -> None:
+    """Skip the steps whose data has led to a spike, as the run that met it has noted."""
+    steps = noted(Path(args.save)) if args.save and goes_on_in_save(args) else []
+    if steps:
+        args.iterations_to_skip = sorted({*args.iterations_to_skip, *steps})
+        print_rank_0(f"> the data of {len(steps)} iterations is left out, see {SKIPPED}: {steps}")
 
 
 def without_interruption[**P, T](function: Callable[P, T], stop: Stop) -> Callable[P, T]:

@@ -56,7 +56,7 @@ class StepOutcome:
 class TrainingHooks(Protocol):
     """What the training loop calls, on every rank."""
 
-    def step_begins(self, iteration: int) -> None:
+    def step_begins(self, iteration: int, optimizer: Any) -> None:
         """Before the `iteration`-th step, counted from 1."""
 
     def step_restarted(self, model: Sequence[Any]) -> None:
@@ -129,7 +129,7 @@ def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
         call = (forward_step_func, data_iterator, model, optimizer, *args)
         if _hooks is None:
             return train_step(*call, **kwargs)
-        _hooks.step_begins(kwargs["iteration"] + 1)
+        _hooks.step_begins(kwargs["iteration"] + 1, optimizer)
         rejected = None
         with calling_on_rerun(partial(_hooks.step_restarted, model)):
             try:

@@ -105,7 +105,7 @@ def test_a_rank_takes_the_run_with_it(tmp_path: Path, fault: str) -> None:
         assert what in line
         if fault == "asleep":  # of one that is killed torchrun may hear first, and tell no other
             assert f"exitcode  : {exits.HUNG} " in text
-        assert "in all_reduce" in (run / "hang/rank-0.txt").read_text()
+        assert "step_then_hook" in (run / "hang/rank-0.txt").read_text()
         assert (run / "hang/rank-1.txt").exists() == (fault == "asleep")
 
 
