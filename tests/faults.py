@@ -20,7 +20,8 @@ class Fault:
     """Attributes:
     where: `attention` of layer 2 gives NaN; `gradient` of layer 3's router is infinite, with
         `spike` it is large; `loss` is infinite, with finite gradients; `update` leaves NaN in a
-        weight; `persistent` and `transient` are errors that Megatron's rerun machine is made to see.
+        weight; `persistent` and `transient` are errors that Megatron's rerun machine is made to
+        see.
     iterations: in which it happens.
     rank: of the world, on which it happens.
     """
@@ -84,8 +85,8 @@ def _gradient(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _spike(model: Any) -> Iterator[None]:
-    router = model.decoder.layers[2].mlp.router.weight
-    handle = router.register_hook(lambda gradient: gradient + 1e6)
+    weight = next(model.decoder.layers[-1].parameters())
+    handle = weight.register_hook(lambda gradient: gradient + 1e6)
     yield
     handle.remove()
 

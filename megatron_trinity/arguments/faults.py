@@ -106,7 +106,7 @@ FAULT_REFUSALS: tuple[Refusal, ...] = (
         "exit-signal-handler",
         _is_megatrons,
         "{--exit-signal-handler}, {--exit-signal-handler-for-training} and "
-        "{--exit-signal-handler-for-dataloader} are of no use: SIGTERM, SIGUSR1 and SIGINT "
+        "{--exit-signal-handler-for-dataloader} are not needed, since SIGTERM, SIGUSR1 and SIGINT "
         "save and end a run by default; leave them out, and give {--exit-signal} for one more",
     ),
 )
