@@ -121,9 +121,10 @@ def describe(args: Namespace) -> Description:
     shares = dict.fromkeys(blends, (0.0, 1.0))
     if "" in blends:
         shares = dict(_shares(args))
-    found = {
-        name: _sources(*blends.get(name, blends.get("")), share) for name, share in shares.items()
-    }
+    found = {}
+    for name, share in shares.items():
+        paths, of_paths = blends.get(name) or blends[""]
+        found[name] = _sources(paths, of_paths, share)
     sources, weights = found.get("train", ((), None))
     by_name = None
     if weights is not None:
