@@ -173,8 +173,8 @@ def start_up(folder: Path, documents: int) -> Iterator[Row]:
         drop_from_cache([prefix])
         seconds.append(_seconds(start))
     name = f"{documents / 1e6:g} million documents"
-    yield make_row(f"start, {name}, cold", *seconds, "s")
-    yield make_row(f"memory, {name}", *memory, "MiB")
+    yield make_row(f"start, {name}, cold", seconds[0], seconds[1], "s")
+    yield make_row(f"memory, {name}", memory[0], memory[1], "MiB")
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from megatron_trinity.data.permutation import Permutation, shuffled
 
-
 KEPT_DOCUMENTS = 1 << 20
 """Of a source with fewer documents, as many epochs are kept as have so many in all."""
 
