@@ -12,7 +12,7 @@ PACKAGES = "TRINITY_TEST_TE_PACKAGES"
 """Variable with the folder of the packages of requirements/te.txt."""
 
 # On a machine without CUDA these are refused, and rightly: here they are what is under test.
-_ALLOWED = ("transformer_impl", "moe_grouped_gemm")
+_ALLOWED = ("transformer_impl", "moe_grouped_gemm", "precision")
 
 
 def load_emulated() -> None:
