@@ -87,6 +87,7 @@ refused (that of the loss) or not part of a Trinity layer (that of the masked so
 
 NEEDS: Mapping[str, Library] = {
     "--transformer-impl": TRANSFORMER_ENGINE,
+    "--precision": TRANSFORMER_ENGINE,  # a version for each
     "--te-rng-tracker": TRANSFORMER_ENGINE,
     "--use-te-activation-func": TRANSFORMER_ENGINE,
     "--fused-residual-rmsnorm": TRANSFORMER_ENGINE,

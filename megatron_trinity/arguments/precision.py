@@ -55,10 +55,10 @@ ADA, HOPPER, BLACKWELL, SMALL_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
 _ENDS = {"num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1}
 
 PRECISIONS: dict[str, Precision] = {
-    BF16: Precision("two bytes, eight bits of which are an exponent as wide as that of fp32", {BF16: True}),
+    BF16: Precision("the range of fp32 in two bytes", {BF16: True}),
     "fp8-tensorwise": Precision(
-        "hybrid: one scale has to hold a whole tensor, and gradients spread over more powers of two "
-        "than e4m3 has",
+        "hybrid: one scale has to hold a whole tensor, and gradients spread over more powers of "
+        "two than e4m3 has",
         _fp8("hybrid", "tensorwise"),
         _ENDS,
         16,
@@ -66,8 +66,8 @@ PRECISIONS: dict[str, Precision] = {
         (ADA, None),
     ),
     "fp8-blockwise": Precision(
-        "e4m3 for gradients as well: a scale for each 128 values (of a weight, each 128 x 128) makes "
-        "up for its range, and its third bit of mantissa halves the error",
+        "e4m3 for gradients as well: a scale for each 128 values (of a weight, each 128 x 128) "
+        "makes up for its range, and its third bit of mantissa halves the error",
         _fp8("e4m3", "blockwise"),
         _ENDS,
         16,
@@ -76,8 +76,8 @@ PRECISIONS: dict[str, Precision] = {
         (12, 9),
     ),
     "fp8-delayed": Precision(
-        "hybrid, as tensorwise; the scale is of the largest value of the last 1024 steps, since that "
-        "of one step alone is soon exceeded",
+        "hybrid, as tensorwise; the scale is of the largest value of the last 1024 steps, since "
+        "that of one step alone is soon exceeded",
         _fp8("hybrid", "delayed"),
         {"fp8_margin": 0, "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
         16,
@@ -96,14 +96,15 @@ PRECISIONS: dict[str, Precision] = {
 FP8_WORDS = tuple(word for word, precision in PRECISIONS.items() if precision.eight_bits)
 RECOMMENDED = "fp8-blockwise"
 
-TUNING: dict[str, tuple[str, Any]] = {
-    "fp8_margin": ("--fp8-margin", 0),
-    "fp8_amax_history_len": ("--fp8-amax-history-len", 1),
-    "fp8_amax_compute_algo": ("--fp8-amax-compute-algo", "most_recent"),
-    "num_layers_at_start_in_bf16": ("--num-layers-at-start-in-bf16", 1),
-    "num_layers_at_end_in_bf16": ("--num-layers-at-end-in-bf16", 1),
+TUNING: dict[str, Any] = {
+    "fp8_recipe": "delayed",
+    "fp8_margin": 0,
+    "fp8_amax_history_len": 1,
+    "fp8_amax_compute_algo": "most_recent",
+    "num_layers_at_start_in_bf16": 1,
+    "num_layers_at_end_in_bf16": 1,
 }
-"""Arguments that are None unless they are given, to their flag and to Megatron's default."""
+"""Arguments that are None unless they are given, so that this is seen, to Megatron's defaults."""
 
 
 def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +134,7 @@ def derive_precision(args: Namespace) -> None:
 def tune_precision(args: Namespace) -> None:
     """Fill in what may be given beside `--precision` and is not. To be called after refusals."""
     tunes = PRECISIONS[args.precision or BF16].tunes
-    for name, (_, standard) in TUNING.items():
+    for name, standard in TUNING.items():
         if getattr(args, name) is None:
             setattr(args, name, tunes.get(name, standard))
 
@@ -227,7 +228,7 @@ SIZES: tuple[Size, ...] = (
         "{--tensor-model-parallel-size=}",
     ),
     Size(
-        "dense MLP",
+        "dense layers",
         lambda a: a.ffn_hidden_size // a.tensor_model_parallel_size,
         "{--ffn-hidden-size=} over {--tensor-model-parallel-size=}",
     ),
@@ -289,7 +290,7 @@ PRECISION_REFUSALS: tuple[Refusal, ...] = (
         "too-many-layers-in-bf16",
         lambda a: a.first_last_layers_bf16 and _too_many_at_ends(a),
         "{--num-layers-at-start-in-bf16} and {--num-layers-at-end-in-bf16} are from 0 to the "
-        "number of layers of a pipeline stage",
+        "number of layers of a pipeline stage; change them",
     ),
     Refusal(
         "delayed-layers-in-bf16",

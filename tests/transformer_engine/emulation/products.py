@@ -123,4 +123,3 @@ def te_general_grouped_gemm(
         elif not accumulate:
             out.zero_()
     return bias
-

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.transformer_engine.emulation.eight_bits import (
     TILE,
+    exact,
     in_tiles,
     out_of_tiles,
     rounded,
@@ -82,9 +83,7 @@ def _parts_of_tensor(quantizer: Any, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 @emulates
-def quantize(
-    tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None
-) -> Any:
+def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
     """Round a tensor, into `output` if there is one; not where `noop` is 1."""
     if output is None:
         output = create_empty_quantized_tensor(quantizer, tensor.shape, tensor.dtype)
@@ -200,9 +199,9 @@ def operand(tensor: Any, columnwise: bool) -> Tensor:
         high = TILE if tensor._is_2D_scaled else 1
         if not tensor._is_2D_scaled:
             inverse = inverse.t()
-        result = out_of_tiles(matrix, inverse, high).view(values.shape)
+        result = out_of_tiles(matrix, inverse, high).reshape(values.shape)
     else:
-        result = values.float() * tensor._scale_inv
+        result = exact(values) * tensor._scale_inv
     return result.movedim(0, -1) if columnwise else result
 
 
