@@ -34,7 +34,7 @@ def nearest(values: Tensor, eight: torch.dtype) -> Tensor:
 
 
 def scaled(values: Tensor, eight: torch.dtype, power_of_two: bool) -> Tensor:
-    """A tile with the scale that puts its largest value at the format's, rounded and scaled back."""
+    """A tile, scaled until its largest value is the format's, rounded and scaled back."""
     largest = values.abs().max().float()
     scale = torch.tensor(torch.finfo(eight).max) / largest if largest > 0 else torch.tensor(1.0)
     if power_of_two:
@@ -102,7 +102,9 @@ def test_roundings_bit_by_bit(te_ranks: RankPools, rows: int, columns: int) -> N
         current = scaled(values, eight, power_of_two=False)
         # A given scale may be too large for what has come since, which is cut off at the ends.
         ends = torch.finfo(eight).max
-        delayed = nearest((values.float() * 96).clamp(-ends, ends), eight) * (1.0 / torch.tensor(96))
+        delayed = nearest((values.float() * 96).clamp(-ends, ends), eight) * (
+            1.0 / torch.tensor(96)
+        )
         squares = tiled(values, 128, 128, eight)
         expected = {
             "current": current,
