@@ -299,6 +299,12 @@ PRECISION_REFUSALS: tuple[Refusal, ...] = (
         f"their scales; leave it out, or use {RECOMMENDED}",
     ),
     Refusal(
+        "delayed-save",
+        lambda a: a.precision == "fp8-delayed" and a.save is not None,
+        "{--save}: with {--precision=} a checkpoint has histories that Transformer Engine pickles "
+        "and does not load again, whatever the precision; leave it out, or use " + RECOMMENDED,
+    ),
+    Refusal(
         "delayed-recompute",
         lambda a: (
             a.precision == "fp8-delayed"

@@ -141,8 +141,18 @@ def train(
     argv = training_flags(
         data,
         *("--train-iters", "4", "--eval-iters", "0", "--adam-eps", "1e-4"),
-        *("--global-batch-size", "16", "--optimizer", "muon", "--use-distributed-optimizer"),
-        *("--save", str(run), "--save-interval", "2", "--tensorboard-dir", str(run / "log")),
+        *(
+            "--moe-ffn-hidden-size",
+            "64",
+            "--global-batch-size",
+            "16",
+            "--optimizer",
+            "muon",
+            "--use-distributed-optimizer",
+        ),
+        *("--tensorboard-dir", str(run / "log")),
+        # What it would save is not loaded again, and so refused.
+        *(() if "fp8-delayed" in more else ("--save", str(run), "--save-interval", "2")),
         *more,
     )
     assert ranks.run(run_trainer, argv, world_size=world_size) == [0] * world_size
@@ -182,11 +192,10 @@ def equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
     return [name for name, tensor in expected.items() if not torch.equal(got[name], tensor)]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", STATELESS)
 def test_a_resumed_run_is_the_same(
     te_ranks: RankPools, data: Path, tmp_path: Path, recipe: str
 ) -> None:
-    """Bit by bit, with delayed scaling too: its histories are in the checkpoint."""
     whole = train(te_ranks, data, tmp_path / "whole", *fp8(recipe))
     parts = tmp_path / "parts"
     train(te_ranks, data, parts, *fp8(recipe), "--exit-interval", "2")
@@ -197,7 +206,7 @@ def test_a_resumed_run_is_the_same(
 
 
 @pytest.mark.parametrize("way", ["to bf16", "to portable", "from bf16", "from portable"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", STATELESS)
 def test_a_checkpoint_of_another_precision_loads(
     ranks: RankPools, te_ranks: RankPools, data: Path, tmp_path: Path, recipe: str, way: str
 ) -> None:
