@@ -166,8 +166,11 @@ def fp8(recipe: str) -> tuple[str, ...]:
 LAYOUTS: tuple[Layout, ...] = (("EP 2", "DP 2"), ("TP 2 + SP",), ("PP 2", "documents"))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=" | ".join)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "layout"),
+    [(r, x) for r in RECIPES for x in LAYOUTS if r != "fp8-delayed" or "PP 2" not in x],
+    ids=lambda value: value if isinstance(value, str) else " | ".join(value),
+)
 def test_a_layout_trains_as_one_rank(
     te_ranks: RankPools, data: Path, tmp_path: Path, recipe: str, layout: Layout
 ) -> None:

@@ -351,6 +351,14 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {**FP8, "precision": "fp8-delayed", "first_last_layers_bf16": True},
     ],
     "delayed-save": [{**FP8, "precision": "fp8-delayed", "save": "run"}],
+    "delayed-pipeline": [
+        {
+            **FP8,
+            "precision": "fp8-delayed",
+            "world_size": 2,
+            "pipeline_model_parallel_size": 2,
+        },
+    ],
     "delayed-recompute": [
         {
             **FP8,
