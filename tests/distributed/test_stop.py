@@ -32,10 +32,19 @@ def train_and_stop(
         "step 2": (training, "forward_step_calc_loss"),
         "evaluation": (ft_integration, "on_eval_step_end"),
         "save": (checkpoints, "nonfinite_value"),
-        "data": (pretrain, "train_valid_test_datasets"),
+        "data": (pretrain, "dataset_provider"),
         "set-up": (pretrain, "set_up_optimizer"),
     }.get(where, (training, "train_step"))
     original, calls = getattr(owner, name), [0]
+
+    def send_within(*args: Any) -> Any:
+        provider = original(*args)
+
+        def provide(*args: Any, **kwargs: Any) -> Any:
+            os.kill(os.getpid(), number)
+            return provider(*args, **kwargs)
+
+        return provide
 
     def send_and_call(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -43,7 +52,7 @@ def train_and_stop(
             os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
-    setattr(owner, name, send_and_call)
+    setattr(owner, name, send_within if where == "data" else send_and_call)
     try:
         return train(rank, world_size, flags, steps)
     finally:
