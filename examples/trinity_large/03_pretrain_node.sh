@@ -4,7 +4,8 @@
 #     DATA=data/mine TOKENIZER=data/tokenizer RUN=runs/large bash examples/trinity_large/03_pretrain_node.sh
 #
 # DATA is what tools/prepare_data.py was given as --output. Flags behind the command win over those
-# below. DRY_RUN=1 prints the command and does nothing else.
+# below. DRY_RUN=1 prints the command and does nothing else. How it is started, and what is kept of
+# it: scripts/launch.sh. On a cluster with Slurm: 04_pretrain_slurm.sbatch.
 # On each of the 64 nodes: NODE_RANK is its number, MASTER_ADDR the name of the first one.
 set -euo pipefail
 
@@ -77,19 +78,6 @@ LOGGING=(
     --async-save
 )
 
-# The address is that of the first node; a port that is free on it.
-LAUNCH=(
-    torchrun --nnodes 64 --nproc-per-node 8 --node-rank "${NODE_RANK:?the number of this node}"
-    --master-addr "${MASTER_ADDR:?the first node}" --master-port "${MASTER_PORT:-29500}"
-)
-
-command=(
-    "${LAUNCH[@]}" pretrain_trinity.py "${MODEL[@]}" "${PARALLEL[@]}" "${EXCHANGE[@]}"
+export NODES=${NODES:-64} GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+exec bash scripts/launch.sh pretrain_trinity.py "${MODEL[@]}" "${PARALLEL[@]}" "${EXCHANGE[@]}" \
     "${PRECISION[@]}" "${DATA_FLAGS[@]}" "${TRAINING[@]}" "${LOGGING[@]}" "$@"
-)
-if [[ -n ${DRY_RUN:-} ]]; then
-    printf '%q ' "${command[@]}"
-    echo
-    exit 0
-fi
-exec "${command[@]}"

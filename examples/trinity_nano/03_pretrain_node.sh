@@ -4,7 +4,8 @@
 #     DATA=data/mine TOKENIZER=data/tokenizer RUN=runs/nano bash examples/trinity_nano/03_pretrain_node.sh
 #
 # DATA is what tools/prepare_data.py was given as --output. Flags behind the command win over those
-# below. DRY_RUN=1 prints the command and does nothing else.
+# below. DRY_RUN=1 prints the command and does nothing else. How it is started, and what is kept of
+# it: scripts/launch.sh. On a cluster with Slurm: 04_pretrain_slurm.sbatch.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
@@ -68,15 +69,6 @@ LOGGING=(
     --async-save
 )
 
-LAUNCH=(torchrun --standalone --nproc-per-node 8)
-
-command=(
-    "${LAUNCH[@]}" pretrain_trinity.py "${MODEL[@]}" "${PARALLEL[@]}" "${EXCHANGE[@]}"
+export NODES=${NODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+exec bash scripts/launch.sh pretrain_trinity.py "${MODEL[@]}" "${PARALLEL[@]}" "${EXCHANGE[@]}" \
     "${PRECISION[@]}" "${DATA_FLAGS[@]}" "${TRAINING[@]}" "${LOGGING[@]}" "$@"
-)
-if [[ -n ${DRY_RUN:-} ]]; then
-    printf '%q ' "${command[@]}"
-    echo
-    exit 0
-fi
-exec "${command[@]}"
