@@ -84,7 +84,7 @@ if [[ $CHECK != no ]]; then
             good+=("$node")
         else
             bad+=("$node")
-            grep -hE '(^error|bad)' "$checks/$node.txt" >&2 || echo "no answer" >&2
+            sed -n 's/^bad/'"$node"'/p; s/^error/'"$node"'/p' "$checks/$node.txt" 2>/dev/null || true
         fi
     done
     if ((${#bad[@]})); then echo "slurm: left out: ${bad[*]}; see $checks"; fi
