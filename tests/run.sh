@@ -43,6 +43,7 @@ check() {
 check "ruff check" python -m ruff check .
 check "ruff format" python -m ruff format --check .
 check "mypy" python -m mypy
+check "shellcheck" shellcheck -x scripts/*.sh examples/*.sh examples/*/*.sh examples/*/*.sbatch tests/*.sh
 # pytest keeps the last -m and -n, so one among the arguments replaces these (-n 0: no workers).
 check "pytest" python -m pytest -m "$tests" -n "$workers" --dist loadfile --durations=10 "$@"
 

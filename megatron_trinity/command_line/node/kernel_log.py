@@ -25,8 +25,8 @@ def xid_finding(floors: Floors, uptime: float | None = None) -> Finding:
     """
     code, text = answer_of(("dmesg",))
     if code is None or code:
-        words = text.strip().splitlines()[-1:] or ["dmesg tells nothing"]
-        return Finding("Xids", NOT_HERE, words[0])
+        last = text.strip().splitlines()[-1:] or ["dmesg tells nothing"]
+        return Finding("Xids", NOT_HERE, last[0])
     if uptime is None:
         uptime = float(Path("/proc/uptime").read_text().split()[0])
     since = uptime - 3600 * floors["xid_hours"]

@@ -30,7 +30,9 @@ def speed_findings(floors: Floors) -> list[Finding]:
     count = torch.cuda.device_count()
     if not torch.cuda.is_available() or not count:
         why = "torch sees no CUDA device"
-        return [Finding(subject, NOT_HERE, why, of_gpu=True) for subject in ("product", "all-reduce")]
+        return [
+            Finding(subject, NOT_HERE, why, of_gpu=True) for subject in ("product", "all-reduce")
+        ]
     floor = of_device(floors, torch.cuda.get_device_name(0))
     found = [_judge_products([product(f"cuda:{n}", SIZE) for n in range(count)], floor)]
     if count == 1:
