@@ -39,7 +39,7 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Sequences differ in how many tokens an expert gets, so allocations differ from step to step;
 # segments that grow leave no holes.
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 # Ranks are numbered as nvidia-smi numbers GPUs, which is what a message about hardware names.
 export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID}
 # A rank is one process of many on its node: threads of its own would fight with the others'.
@@ -179,6 +179,8 @@ while true; do
     done*) exit 0 ;;
     stop*) exit "$code" ;;
     esac
+    # Of nodes that were started by hand, each would count, and none would wait for the others.
+    if [[ -z ${SLURM_JOB_ID:-} ]] && ((NODES > 1)); then exit "$code"; fi
     spend_restart "$save" "$newest_before" "$RESTARTS" || exit 1
     if [[ -n ${SLURM_JOB_ID:-} ]]; then exit 75; fi
 done

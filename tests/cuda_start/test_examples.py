@@ -90,7 +90,8 @@ def test_its_model_is_that_of_the_usual_dispatcher(machines: Machines) -> None:
 def test_flags_behind_the_command_come_last() -> None:
     words = command_of("nano", "--lr", "1e-4", DATA="some data/x")
     assert words[-2:] == ["--lr", "1e-4"]
-    assert words[:4] == ["torchrun", "--standalone", "--nproc-per-node", "8"]
+    assert "--standalone" in words[words.index("torchrun") : words.index("pretrain_trinity.py")]
+    assert words[words.index("--nproc-per-node") + 1] == "8"
     assert words[words.index("--train-data-path") + 1] == "some data/x_train"
     large = command_of("large")
     assert large[large.index("--node-rank") + 1] == "3"
