@@ -32,6 +32,9 @@ ALIGNMENT = 64
 """Elements that a parameter, and a shard, starts at a multiple of, as Megatron has it."""
 OWN_BUFFERS = "is_managed_by_layer_wise_optimizer"
 """Attribute of a parameter that keeps it apart from those without, in Megatron's buffers."""
+MANY_ROWS = 32
+"""A shard of a bucket has so many times what its size is a multiple of, so that little is padding,
+whatever size of bucket is asked for."""
 SLACK = 0.01
 """Padding that whole parameters are worth; above it some are cut."""
 
@@ -67,9 +70,7 @@ class Bucket:
     shard: int
 
 
-def mark_parameters(
-    groups: Sequence[Group], chunks: list[MegatronModule]
-) -> list[MegatronModule]:
+def mark_parameters(groups: Sequence[Group], chunks: list[MegatronModule]) -> list[MegatronModule]:
     """Tell Megatron's buffers which parameters Muon updates; returns the chunks.
 
     Raises:
@@ -139,15 +140,25 @@ def _in_a_row(items: Sequence[Item], size: int) -> tuple[tuple[int, ...], int]:
     return tuple(starts), end
 
 
-def buckets(items: Sequence[Item], bucket_size: int | None) -> list[range]:
-    """Runs of items with at least `bucket_size` elements each, but for the last; None for one."""
+def buckets(items: Sequence[Item], bucket_size: int | None, least: int = 0) -> list[range]:
+    """Runs of items with at least `bucket_size` elements each, or `least` if that is more.
+
+    Only the last may have fewer than `bucket_size`, and only one that is alone fewer than `least`.
+    `bucket_size` None is for one run.
+    """
+    if bucket_size is None:
+        return [range(len(items))]
     runs, first, filled = [], 0, 0
     for number, item in enumerate(items):
         filled += item.numel
-        if bucket_size is not None and filled >= bucket_size:
+        if filled >= max(bucket_size, least):
             runs.append(range(first, number + 1))
             first, filled = number + 1, 0
-    return [*runs, range(first, len(items))] if first < len(items) else runs
+    if first < len(items):
+        if runs and filled < least:
+            first = runs.pop().start
+        runs.append(range(first, len(items)))
+    return runs
 
 
 def rows_in_shards(start: int, item: Item, shard: int) -> list[tuple[int, tuple[int, int]]]:
@@ -178,7 +189,7 @@ def parameter_layout(
 
     Args:
         parameters: in the order of the model.
-        bucket_size: elements of a bucket, or a few more; None for one bucket a buffer.
+        bucket_size: elements of a bucket, or more; None for one bucket a buffer.
         ranks, expert_data_parallel_world_size: shards of a bucket, of experts and of all others.
         ddp_config: Megatron's `DistributedDataParallelConfig`.
     """
@@ -203,7 +214,8 @@ def _layout_of_buffer(
     items = [item_of(parameter) for parameter in held]
     layout = PerBufferParamLayout(param_indices=indices, num_optimizer_shards=ranks)
     offset = 0
-    for number, run in enumerate(buckets(items, bucket_size)):
+    least = MANY_ROWS * ranks * math.lcm(divisor, *(item.width for item in items))
+    for number, run in enumerate(buckets(items, bucket_size, least)):
         bucket = place([items[index] for index in run], ranks, divisor)
         for index, start in zip(run, bucket.starts, strict=True):
             first = offset + start

@@ -206,10 +206,6 @@ def _chunks(names: Sequence[Name], size: int) -> Iterator[tuple[Name, ...]]:
         yield tuple(names[start : start + size])
 
 
-def _pieces(
-    held: Sequence[Sequence[Held]], names: Sequence[Name]
-) -> tuple[tuple[Piece, ...], ...]:
+def _pieces(held: Sequence[Sequence[Held]], names: Sequence[Name]) -> tuple[tuple[Piece, ...], ...]:
     chosen = set(names)
-    return tuple(
-        tuple(piece for _, piece in of_rank if piece.matrix in chosen) for of_rank in held
-    )
+    return tuple(tuple(piece for _, piece in of_rank if piece.matrix in chosen) for of_rank in held)

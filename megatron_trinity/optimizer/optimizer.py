@@ -1,8 +1,8 @@
 """The optimizer of a Trinity model: Muon and AdamW as one, over all of Megatron's parallelism.
 
 A step: global gradient norm and clipping, Muon on the matrices that are this rank's work, AdamW on
-what it keeps, weights to all data-parallel ranks. Gradients come summed over data-parallel ranks, in
-Megatron's buffers. With `--use-distributed-optimizer` a rank has the sums of its shards alone, and
+what it keeps, weights to all data-parallel ranks. Gradients come summed over those, in Megatron's
+buffers. With `--use-distributed-optimizer` a rank has the sums of its shards alone, and
 keeps the state of those (`shards`); without it every rank keeps all, and each matrix is still
 orthogonalised once.
 """
@@ -10,7 +10,7 @@ orthogonalised once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,10 +25,10 @@ from megatron.core.transformer.module import MegatronModule, param_is_not_shared
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from megatron_trinity.optimizer.assignment import assign
 from megatron_trinity.optimizer.exchange import Name, broadcast_from_owners
 from megatron_trinity.optimizer.muon import MOMENTUM, Held, Muon, MuonConfig
-from megatron_trinity.optimizer.newton_schulz import coefficients, flops
+from megatron_trinity.optimizer.newton_schulz import coefficients
+from megatron_trinity.optimizer.owners import find_owners
 from megatron_trinity.optimizer.param_groups import Group
 from megatron_trinity.optimizer.ranks import data_parallel, held_by_ranks, matrix_group
 from megatron_trinity.optimizer.shards import Shards
@@ -65,7 +65,7 @@ class TrinityOptimizer(MegatronOptimizer):
             self._units = units_in_shards(chunks, groups, self._shards.places)
         else:
             self._units = units_of(chunks, groups)
-            self._find_owners()
+            find_owners(self._units, self._ranks)
         self._kept = [unit for unit in self._units if not self._shards or self._owns(unit)]
         for unit in self._kept:
             moments = MOMENTS[unit.group.kind]
@@ -206,7 +206,8 @@ class TrinityOptimizer(MegatronOptimizer):
         for unit in self._kept:
             for name, parts in state_dict["state"][unit.name].items():
                 for number, tensor in parts.items():
-                    unit.rows_of(unit.parts[int(number)], unit.state[name]).copy_(tensor)
+                    rows = unit.rows_of(unit.parts[int(number)], unit.state[name])
+                    rows.copy_(tensor.view(rows.shape))
         for state in self.optimizer.state.values():
             state["step"].fill_(self._steps)
         self._share(now=True)
@@ -216,29 +217,6 @@ class TrinityOptimizer(MegatronOptimizer):
 
     def _owns(self, unit: Unit) -> bool:
         return unit.owner == self._ranks[unit.experts].rank
-
-    def _find_owners(self) -> None:
-        """Share Muon's work out by FLOPs where every rank has all: experts first, then the rest."""
-        loads: list[float] = []
-        for experts in (True, False):
-            ranks = self._ranks[experts]
-            free = [unit for unit in self._units if unit.experts == experts]
-            costs = [_cost(unit) for unit in free]
-            owners = assign(costs, ranks.size, loads)
-            for unit, owner in zip(free, owners, strict=True):
-                unit.owner = owner
-            if experts:
-                own = sum(c for c, owner in zip(costs, owners, strict=True) if owner == ranks.rank)
-                loads = self._loads(own)
-
-    def _loads(self, own: float) -> list[float]:
-        """The experts' load of each data-parallel rank, the same on all tensor-parallel ranks."""
-        ranks = self._ranks[False]
-        loads = torch.zeros(ranks.size, dtype=torch.float64, device=torch.cuda.current_device())
-        loads[ranks.rank] = own
-        dist.all_reduce(loads, group=ranks.group)
-        dist.all_reduce(loads, op=dist.ReduceOp.MAX, group=ranks.tensor)
-        return [float(load) for load in loads]
 
     def _adamw(self, config: OptimizerConfig, groups: Sequence[Group]) -> torch.optim.AdamW:
         units = self._of("adamw")
@@ -399,9 +377,3 @@ def _param_group(group: Group) -> dict[str, Any]:
         "weight_decay": group.weight_decay,
         "default_config": group.kind == "muon",  # whose rate is the log's "learning rate"
     }
-
-
-def _cost(unit: Unit) -> float:
-    """Of updating a unit: FLOPs, or elements where there is no matrix."""
-    shapes: Iterable[tuple[int, int]] = {p.matrix: p.shape for p in unit.pieces}.values()
-    return float(sum(flops(*shape, steps=1) for shape in shapes) or unit.weights.numel())

@@ -1,4 +1,4 @@
-"""A rank's shards of Megatron's buffers: gradients that are summed there, weights that leave from there.
+"""A rank's shards of Megatron's buffers: where gradients are summed, and weights gathered from.
 
 With `--use-distributed-optimizer` gradients are reduced and scattered bucket by bucket, each rank
 has the sum of its own shard alone, and keeps fp32 weights and moments of that.
@@ -59,6 +59,8 @@ class Shards:
         self.all: list[Shard] = []
         self._of: dict[nn.Parameter, Shard] = {}
         for chunk in chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                _chain_gathers(chunk)
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                 group = buffer.data_parallel_group
                 for bucket in buffer.buckets:
@@ -91,3 +93,17 @@ class Shards:
         for chunk in self._chunks:
             if now or not chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=now)
+
+
+def _chain_gathers(chunk: Any) -> None:
+    """Let each gather start the next one that the forward pass needs, whatever buffer it is of.
+
+    Megatron goes through one buffer after the other.
+    """
+    order = {parameter: number for number, parameter in enumerate(chunk.module.parameters())}
+    groups = sorted(
+        (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups),
+        key=lambda group: min(order[parameter] for parameter in group.params),
+    )
+    for group, following in zip(groups, [*groups[1:], None], strict=True):
+        group.next_param_gather_bucket_group = following

@@ -122,11 +122,16 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
 
 
 def _part(part: ShardedTensor, prefix: str, data: Tensor, replica: int) -> ShardedTensor:
+    # Megatron saves cut tensors only if they have all axes of the whole one.
+    leading = part.prepend_axis_num if part.axis_fragmentations is None else 0
+    shape = (1,) * leading + tuple(data.shape)
     return replace(
         part,
         key=f"{prefix}.{part.key}",
-        data=data,
+        data=data.view(shape),
         dtype=data.dtype,
+        local_shape=shape,
+        prepend_axis_num=part.prepend_axis_num - leading,
         replica_id=(*part.replica_id[:-1], replica),
     )
 
@@ -198,14 +203,12 @@ def _unit(
 def _cut(part: ShardedTensor, parameter: nn.Parameter, rows: Interval) -> Iterator[ShardedTensor]:
     """What of a part lies in these rows of its parameter, if anything.
 
-    Where it starts need not be a multiple of its size.
+    Where it starts need not be a multiple of its size. What is whole says so too: Megatron wants
+    that of all parts of a tensor or of none.
     """
     own = local_row(part.data, parameter)
     start, stop = max(rows[0], own), min(rows[1], own + part.local_shape[0])
     if start >= stop:
-        return
-    if stop - start == part.local_shape[0]:
-        yield part
         return
     leading = part.prepend_axis_num
     offset = list(part.global_offset)

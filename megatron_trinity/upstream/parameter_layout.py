@@ -11,7 +11,7 @@ from megatron_trinity.upstream.registry import Adaptation
 ADAPTATION = Adaptation(
     name="parameter-layout",
     symbols=(
-        "megatron.training.models.dist_utils.DistributedOptimizer",
+        "megatron.training.models.dist_utils._ddp_wrap",
         "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.compute_full_param_layout",
     ),
     reason=(

@@ -177,8 +177,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"muon_momentum": 1.0},
         {"muon_momentum": float("nan")},
     ],
+    "param-gather": [
+        {"overlap_param_gather": True, "use_distributed_optimizer": True},
+        {"overlap_param_gather": True, "overlap_grad_reduce": True},
+    ],
+    "buckets": [{"ddp_bucket_size": 1000, "ddp_num_buckets": 2}],
     "muon-overlap": [
-        {"overlap_param_gather": True},
         {"overlap_param_gather_with_optimizer_step": True},
         {"optimizer_cpu_offload": True},
         {"optimizer_cuda_graph": True},

@@ -26,6 +26,10 @@ from tests.paths import ROOT
 
 # First 16 hex digits of the SHA-256 of each upstream definition, without comments and layout.
 FINGERPRINTS: dict[str, str] = {
+    "megatron.training.models.dist_utils._ddp_wrap": "ce6bfe417a12fd35",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.compute_full_param_layout": (
+        "21699e5d50a2b60e"
+    ),
     "megatron.core.utils.local_multi_tensor_l2_norm": "afdb0d1778923660",
     "megatron.training.utils.common_utils.reduce_max_stat_across_model_parallel_group": (
         "8ab40e5c08c5f1ac"
