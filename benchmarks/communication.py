@@ -57,6 +57,11 @@ class Wire:
         self.bytes: Counter[Kind] = Counter()
         self.calls: Counter[Kind] = Counter()
 
+    @property
+    def sent(self) -> int:
+        """Bytes in all."""
+        return self.bytes.total()
+
     def note(self, name: str, group: Any, sent: float) -> Any:
         kind = Kind(name, group.size())
         if kind.ranks > 1:
@@ -227,14 +232,14 @@ def count(preset: str, world_size: int, way: str) -> Wire:
     stages = args.pipeline_model_parallel_size
     rank = world_size // stages if stages > 1 else 0  # the second stage
     wire = Wire()
-    send = {
+    ways: dict[str, Callable[[Any, Any], None]] = {
         "ours": send_ours,
         "adamw": partial(send_megatron, "adamw"),
         "layer-wise": partial(send_megatron, "layer-wise"),
         "broadcast": send_broadcasts,
-    }[way]
+    }
     with fake_groups(args, rank) as groups, wire.tapped():
-        send(args, groups)
+        ways[way](args, groups)
     return wire
 
 
@@ -255,10 +260,11 @@ def main() -> None:
         ours = wires["ours"]
         for way, name in WAYS.items():
             if way != "ours":
-                sizes = [sum(wire.bytes.values()) / 1e9 for wire in (ours, wires[way])]
-                calls = [sum(wire.calls.values()) for wire in (ours, wires[way])]
-                case = f"{preset} on {world_size}, to {name}"
-                rows += [make_row(case, *sizes, "GB"), make_row(case, *calls, "collectives")]
+                case, peer = f"{preset} on {world_size}, to {name}", wires[way]
+                rows += [
+                    make_row(case, ours.sent / 1e9, peer.sent / 1e9, "GB"),
+                    make_row(case, ours.calls.total(), peer.calls.total(), "collectives"),
+                ]
     write_rows(arguments.json, rows)
 
 
@@ -271,7 +277,7 @@ def table(title: str, wires: dict[str, Wire]) -> Table:
     for kind in kinds:
         cells = [f"{w.bytes[kind] / 1e9:.3f}, {w.calls[kind]}" for w in wires.values()]
         found.add_row(kind.name, str(kind.ranks), *cells)
-    sums = [f"{sum(w.bytes.values()) / 1e9:.3f}, {sum(w.calls.values())}" for w in wires.values()]
+    sums = [f"{w.sent / 1e9:.3f}, {w.calls.total()}" for w in wires.values()]
     found.add_row("all", "", *sums)
     return found
 

@@ -44,7 +44,7 @@ class Buffers:
 
 
 def bucket_sizes(args: Namespace, chunks: Sequence[Any], groups: Any) -> list[int | None]:
-    """Of each chunk, as Megatron has them: one bucket without overlap and beyond the first stage."""
+    """Of each chunk, as Megatron has them: None without overlap and beyond the first stage."""
     size = args.ddp_bucket_size or max(40_000_000, 1_000_000 * groups.dp_cp.size())
     if args.ddp_num_buckets:
         size = (

@@ -1,9 +1,10 @@
-"""Parameters in buckets: nothing overlaps, next to nothing is padding, and cuts are between rows."""
+"""Parameters in buckets: none overlap, little is padding, and cuts are between rows."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_items_lie_beside_each_other(seed: int, ranks: int) -> None:
     items = some_items(seed)
     bucket = place(items, ranks)
     taken = sorted((start, start + i.numel) for start, i in zip(bucket.starts, items, strict=True))
-    assert all(end <= following for (_, end), (following, _) in zip(taken, taken[1:], strict=False))
+    assert all(end <= following for (_, end), (following, _) in pairwise(taken))
     assert taken[0][0] >= 0
     assert taken[-1][1] <= ranks * bucket.shard
     assert all(start % ALIGNMENT == 0 for start in (*bucket.starts, bucket.shard))
