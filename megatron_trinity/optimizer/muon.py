@@ -23,9 +23,9 @@ from megatron_trinity.optimizer.newton_schulz import Coefficients, flops, lr_sca
 from megatron_trinity.optimizer.units import Unit
 
 MOMENTUM = "momentum_buffer"
-BATCH_SHARE = 32
+BATCH_SHARE = 24
 """A batch has at most this part of all elements (or one matrix a rank): with the temporaries of the
-iteration, about four times a batch, a step needs an eighth of the momentum on top of it."""
+iteration, about four times a batch, a step needs a sixth of the momentum on top of it."""
 BATCH_ELEMENTS = 2**26  # and at most so many: more would not keep a GPU busier
 
 
@@ -83,6 +83,7 @@ class Muon:
         self._config = config
         self._groups = groups
         self._plan: list[PlannedBatch] = []
+        self._weights: dict[str, list[Tensor]] = {}  # of each group
 
     def plan(
         self,
@@ -111,6 +112,8 @@ class Muon:
                 )
         for planned in self._plan:
             planned.exchange.make_views()
+            if planned.weights:
+                self._weights.setdefault(planned.group_name, []).extend(planned.weights)
 
     def work(self) -> list[tuple[Name, tuple[int, int]]]:
         """The matrices that this rank orthogonalises in a step, with their shapes."""
@@ -132,10 +135,13 @@ class Muon:
         Args:
             rates: group to learning rate and weight decay.
         """
+        for name, weights in self._weights.items():
+            lr, weight_decay = rates[name]
+            torch._foreach_mul_(weights, 1.0 - lr * weight_decay)
         for planned in self._plan:
-            self._update_batch(planned, *rates[planned.group_name])
+            self._update_batch(planned, rates[planned.group_name][0])
 
-    def _update_batch(self, planned: PlannedBatch, lr: float, weight_decay: float) -> None:
+    def _update_batch(self, planned: PlannedBatch, lr: float) -> None:
         directions = planned.momenta
         if self._config.nesterov and directions:
             directions = list(torch._foreach_mul(directions, self._config.momentum))
@@ -143,7 +149,6 @@ class Muon:
         matrices = planned.exchange.gather(directions)
         updates = planned.exchange.scatter(self._orthogonalised(matrices))
         if updates:
-            torch._foreach_mul_(planned.weights, 1.0 - lr * weight_decay)
             torch._foreach_add_(
                 planned.weights, updates, alpha=-lr * lr_scale(*planned.batch.shape)
             )
@@ -154,7 +159,9 @@ class Muon:
             return matrices
         if matrices.shape[1] <= matrices.shape[2]:
             return newton_schulz(matrices, self._config.steps, self._config.dtype)
-        wide = matrices.mT.contiguous()
+        wide = matrices.mT
+        if self._config.dtype == wide.dtype:  # which is computed in place
+            wide = wide.contiguous()
         return newton_schulz(wide, self._config.steps, self._config.dtype).mT
 
 
