@@ -41,8 +41,6 @@ def check_data(args: Namespace) -> None:
     """
     if args.mock_data:
         return
-    if args.data_cache_path is not None:
-        print_rank_0("WARNING: --data-cache-path is not used: there are no indices to keep")
     described = describe(args)
     if not described.parts():
         raise UsageError(

@@ -18,7 +18,7 @@ from tests.trainer import write_dataset
 
 def arguments(**given: Any) -> Namespace:
     names = ("data", "data_path", "train_data_path", "valid_data_path", "test_data_path", "split")
-    files = ("data_args_path", "per_split_data_args_path", "data_cache_path")
+    files = ("data_args_path", "per_split_data_args_path")
     rest = {"mock_data": False, "skip_train": False, "eval_iters": 1, "vocab_size": 160}
     tokenizer = {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}
     return Namespace(**{**dict.fromkeys((*names, *files)), **rest, **tokenizer, **given})
