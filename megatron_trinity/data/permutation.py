@@ -53,9 +53,7 @@ class Permutation:
         self._half = max((size - 1).bit_length() + 1, 2) // 2
         self._mask = (1 << self._half) - 1
         numbers = key_of("permutation", *key) + key_of("more", *key)
-        self._keys = [
-            int.from_bytes(numbers[8 * n : 8 * n + 8], "little") for n in range(_ROUNDS)
-        ]
+        self._keys = [int.from_bytes(numbers[8 * n : 8 * n + 8], "little") for n in range(_ROUNDS)]
 
     def __len__(self) -> int:
         return self._size
