@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from argparse import Namespace
 
@@ -14,7 +15,24 @@ def _is_split(text: str) -> bool:
     return _SPLIT.fullmatch(text) is not None and any(float(share) for share in text.split(","))
 
 
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags to `parser`."""
+    group = parser.add_argument_group(title="trinity data")
+    group.add_argument(
+        "--data",
+        metavar="FILE",
+        help="a description of the data: sources, phases with their blends, validation sets "
+        "(docs/data.md), in place of paths",
+    )
+    group.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="go on from a checkpoint of a run that has read other data, or in another order",
+    )
+
+
 SOURCES = (
+    "data",
     "data_path",
     "data_args_path",
     "train_data_path",
@@ -41,8 +59,8 @@ DATA_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "data-sources",
         lambda a: _sources(a) > 1,
-        "data is named in more than one way; give {--train-data-path} and {--valid-data-path}, or "
-        "{--data-path} with {--split}, or one of {--data-args-path} and "
+        "data is named in more than one way; give {--data}, or {--train-data-path} and "
+        "{--valid-data-path}, or {--data-path} with {--split}, or one of {--data-args-path} and "
         "{--per-split-data-args-path}",
     ),
     Refusal(
@@ -55,6 +73,12 @@ DATA_REFUSALS: tuple[Refusal, ...] = (
         "split-of-splits",
         lambda a: a.split is not None and a.data_path is None and a.data_args_path is None,
         "{--split} divides {--data-path}, which is not given; leave it out",
+    ),
+    Refusal(
+        "cyclic",
+        lambda a: a.dataloader_type == "cyclic",
+        "{--dataloader-type=} deals the samples out to data-parallel ranks, so that their order "
+        "depends on the layout; leave it out: samples are shuffled in any case",
     ),
     Refusal(
         "null-tokenizer",

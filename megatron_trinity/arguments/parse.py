@@ -18,6 +18,7 @@ import torch
 
 from megatron_trinity.arguments.checkpoints import add_checkpoint_arguments
 from megatron_trinity.arguments.cuda import CUDA_ONLY, refuse_cuda_only_arguments, set_cpu_defaults
+from megatron_trinity.arguments.data import add_data_arguments
 from megatron_trinity.arguments.installed import (
     gpu_argument_defaults,
     refuse_what_is_not_installed,
@@ -52,6 +53,7 @@ SUBJECTS = (
     add_loss_arguments,
     add_schedule_arguments,
     add_optimizer_arguments,
+    add_data_arguments,
     add_checkpoint_arguments,
     add_monitoring_arguments,
     add_kernel_arguments,

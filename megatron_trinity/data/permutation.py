@@ -16,29 +16,16 @@ def key_of(*parts: object) -> bytes:
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
-def shuffled(count: int, *key: object) -> NDArray[np.int32] | NDArray[np.int64]:
+def shuffled(count: int, *key: object) -> NDArray[np.signedinteger]:
     """`0 ... count - 1` in the order that `key` decides, `[count]`.
 
     The legacy generator of NumPy is the one whose stream no later version changes.
     """
-    words = np.frombuffer(key_of(*key), dtype="<u4").astype(np.uint32)
-    numbers = np.arange(count, dtype=np.int32 if count < 1 << 31 else np.int64)
-    np.random.RandomState(np.random.MT19937(_Words(words))).shuffle(numbers)
+    numbers: NDArray[np.signedinteger] = np.arange(
+        count, dtype=np.int32 if count < 1 << 31 else np.int64
+    )
+    np.random.RandomState(np.frombuffer(key_of(*key), dtype="<u4")).shuffle(numbers)
     return numbers
-
-
-class _Words(np.random.bit_generator.ISeedSequence):
-    """Seeds the Mersenne Twister by hashed words, in a way that depends on no version."""
-
-    def __init__(self, words: NDArray[np.uint32]) -> None:
-        self._words = words
-
-    def generate_state(self, n_words: int, dtype: object = np.uint32) -> NDArray[np.uint32]:
-        blocks = (
-            hashlib.sha256(self._words.tobytes() + number.to_bytes(4, "little")).digest()
-            for number in range(-(-n_words // 8))
-        )
-        return np.frombuffer(b"".join(blocks), dtype="<u4")[:n_words].astype(np.uint32)
 
 
 class Permutation:

@@ -15,6 +15,7 @@ from megatron.training.utils import print_rank_last
 from torch import Tensor
 
 from megatron_trinity.checkpoint.whole.hold import Hold
+from megatron_trinity.data.run_data import RunData
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.moe.metrics import LoadMetrics, by_layer, load_metrics, summary
 from megatron_trinity.training.alarm import Alarms
@@ -23,6 +24,12 @@ from megatron_trinity.training.balance import (
     balance_experts,
     forget_counts,
     moe_layers,
+)
+from megatron_trinity.training.data_given import (
+    data_line,
+    evaluation_line,
+    evaluation_values,
+    scalars,
 )
 from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.host import on_host
@@ -48,12 +55,15 @@ class StepObserver:
         record: MicroBatchRecord,
         flops: StepFlops,
         held: Hold | None = None,
+        data: RunData | None = None,
     ) -> None:
         """`record` is what the loss function writes to, `flops` what the loop asks.
 
-        `held` is `--save` on rank 0: a run that has lost it ends with the next step.
+        `held` is `--save` on rank 0: a run that has lost it ends with the next step. `data` is what
+        the run reads.
         """
         self._held = held
+        self._data = data
         self._args = args
         self._record = record
         self._flops = flops
@@ -107,9 +117,10 @@ class StepObserver:
         if self._interval and self._iteration % self._args.log_interval == 0:
             print_rank_last(balance_line(self._iteration, self._interval, self._rates))
             self._interval.clear()
+            self._tell_data()
 
-    def evaluated(self, losses: Mapping[str, Tensor]) -> None:
-        """Refuse to go on from a validation that says nothing.
+    def evaluated(self, losses: Mapping[str, Tensor], of_set: str) -> None:
+        """Say what the loss means a token and a byte; refuse one that says nothing.
 
         Raises:
             TrinityError: a loss is not a number.
@@ -121,6 +132,21 @@ class StepObserver:
                     "carries a loss (documents of one token, or masked as a whole?), or what the "
                     "model computes is not finite"
                 )
+
+        if self._data is not None and "lm loss" in losses:
+            ratio = self._data.bytes_per_token(of_set)
+            values = evaluation_values(float(losses["lm loss"]), ratio)
+            print_rank_last(evaluation_line(of_set, values))
+            suffix = f"-{of_set}" if of_set else ""
+            self._write({f"{name} validation{suffix}": v for name, v in values.items()})
+
+    def _tell_data(self) -> None:
+        """Write what each source has given, beneath the line of balance."""
+        if self._data is None or self._data.plan is None:
+            return
+        given = self._data.plan.given(self._args.consumed_train_samples)
+        print_rank_last(data_line(self._iteration, given))
+        self._write(scalars(given))
 
     def _forget(self, model: Sequence[Any]) -> None:
         forget_counts(model)

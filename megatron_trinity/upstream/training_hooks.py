@@ -12,6 +12,7 @@ import torch
 
 from megatron_trinity.upstream.registry import Adaptation
 from megatron_trinity.upstream.rejected_steps import StepRejected, calling_on_rerun
+from megatron_trinity.upstream.validation_samples import current_set
 
 ADAPTATION = Adaptation(
     name="training-hooks",
@@ -70,8 +71,11 @@ class TrainingHooks(Protocol):
     def log_written(self) -> None:
         """Told when Megatron has logged the step, and started its interval timer anew if due."""
 
-    def evaluated(self, losses: Mapping[str, torch.Tensor]) -> None:
-        """After an evaluation, with its losses; of those there are none on ranks without a loss."""
+    def evaluated(self, losses: Mapping[str, torch.Tensor], of_set: str) -> None:
+        """After an evaluation of one set, with its losses and its name, which may be empty.
+
+        There are no losses on ranks without a loss.
+        """
 
 
 _hooks: TrainingHooks | None = None
@@ -156,7 +160,7 @@ def _with_losses(evaluate: Callable[..., Any]) -> Callable[..., Any]:
     def evaluate_then_hook(*args: Any, **kwargs: Any) -> Any:
         losses, collected, out_of_time = evaluate(*args, **kwargs)
         if _hooks is not None and not out_of_time:
-            _hooks.evaluated(losses)
+            _hooks.evaluated(losses, current_set())
         return losses, collected, out_of_time
 
     return evaluate_then_hook
