@@ -121,9 +121,10 @@ def describe(args: Namespace) -> Description:
     shares = dict.fromkeys(blends, (0.0, 1.0))
     if "" in blends:
         shares = dict(_shares(args))
-    found = {
-        name: _sources(*blends.get(name, blends.get("")), share) for name, share in shares.items()
-    }
+    found = {}
+    for name, share in shares.items():
+        paths, of_paths = blends.get(name) or blends[""]
+        found[name] = _sources(paths, of_paths, share)
     sources, weights = found.get("train", ((), None))
     by_name = None
     if weights is not None:
@@ -143,6 +144,12 @@ def _sources(
     paths: Sequence[str], weights: Sequence[float] | None, share: tuple[float, float]
 ) -> tuple[tuple[Source, ...], tuple[float, ...] | None]:
     """A path that stands twice has the weight of both."""
+    for path in paths:
+        if _is_number(path) and not Path(f"{path}.idx").exists():
+            raise UsageError(
+                f"{path} is no path among the data, but a number; a weight stands in front of its "
+                "path, and all paths have one or none: 0.7 a 0.3 b"
+            )
     by_path: dict[str, float] = {}
     for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True):
         by_path[path] = by_path.get(path, 0.0) + weight
@@ -150,6 +157,14 @@ def _sources(
         check_shares(dict(zip(paths, weights, strict=True)))
     sources = tuple(Source(path, (Part(path, *share),)) for path in by_path)
     return sources, None if weights is None else tuple(by_path.values())
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def given_splits(args: Namespace) -> set[str]:

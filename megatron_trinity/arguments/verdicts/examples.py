@@ -54,7 +54,6 @@ WORKS = """
 --train-samples ; shown by tests/distributed/test_schedules.py
 --iterations-to-skip 2
 --seed 7
---dataloader-type cyclic
 --lr 1e-2
 --min-lr 1e-3
 --lr-decay-style constant
@@ -214,6 +213,9 @@ SAME_ANSWER = """
 --use-distributed-optimizer ; ranks 2
 --num-distributed-optimizer-instances 2 ; and SHARDED ; ranks 2
 --cp-comm-type a2a ; and --context-parallel-size 2 ; ranks 2
+--dataloader-type ; shown by tests/unit_tests/arguments/test_refusals.py
+--data-args-path ; shown by tests/unit_tests/data/test_sources.py
+--per-split-data-args-path ; shown by tests/unit_tests/data/test_sources.py
 --eval-iters 2
 --eval-interval 1
 --start-eval-at-iter 2 ; and --eval-interval 1

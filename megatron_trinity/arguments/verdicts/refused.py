@@ -146,9 +146,9 @@ REFUSED: dict[str, str] = {
         --reset-position-ids --reset-attention-mask --hybrid-context-parallel
         --hierarchical-context-parallel-sizes --max-seqlen-per-dp-cp-rank""",
     "data come from indexed datasets named by paths": """
-        --data-args-path --per-split-data-args-path --per-dataset-sequences-path
-        --object-storage-cache-path --dataloader-fast-cache-load
-        --dataloader-defer-npy-index-mmap --phase-transition-iterations""",
+        --per-dataset-sequences-path --object-storage-cache-path --dataloader-fast-cache-load
+        --dataloader-defer-npy-index-mmap""",
+    "the phases of a run stand in the file of --data": "--phase-transition-iterations",
     "Megatron's FSDP saves checkpoints that nothing verifies; use --use-distributed-optimizer": """
         --use-megatron-fsdp --use-torch-fsdp2 --data-parallel-sharding-strategy
         --outer-dp-sharding-strategy --no-gradient-reduce-div-fusion --fsdp-double-buffer

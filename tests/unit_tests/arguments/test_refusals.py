@@ -211,7 +211,9 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"mock_data": True, "valid_data_path": ["a"]},
         {"mock_data": True, "per_split_data_args_path": "a.json"},
     ],
+    "cyclic": [{"dataloader_type": "cyclic"}],
     "data-sources": [
+        {"data": "a.yaml", "train_data_path": ["a"]},
         {"data_path": ["a"], "split": "98,2,0", "train_data_path": ["a"]},
         {"data_path": ["a"], "split": "98,2,0", "data_args_path": "a.txt"},
         {"test_data_path": ["a"], "per_split_data_args_path": "a.json"},

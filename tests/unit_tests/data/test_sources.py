@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
+from megatron_trinity.data.corpus import Part
 from megatron_trinity.data.manifest import sha256_of_file
-from megatron_trinity.data.sources import check_data, check_manifests, given_splits
+from megatron_trinity.data.sources import check_data, check_manifests, describe, given_splits
 from megatron_trinity.errors import TrinityError, UsageError
 from tests.trainer import write_dataset
 
 
 def arguments(**given: Any) -> Namespace:
-    names = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "split")
+    names = ("data", "data_path", "train_data_path", "valid_data_path", "test_data_path", "split")
     files = ("data_args_path", "per_split_data_args_path", "data_cache_path")
     rest = {"mock_data": False, "skip_train": False, "eval_iters": 1, "vocab_size": 160}
     tokenizer = {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}
@@ -48,18 +49,21 @@ def test_which_splits_have_data(given: dict[str, Any], splits: set[str]) -> None
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({}, "no data: give --train-data-path"),
+        ({}, "no data: give --data, or --train-data-path"),
         ({"valid_data_path": ["{data}"]}, "no training data"),
         ({"data_path": ["{data}"], "split": "0,100,0"}, "no training data"),
-        ({"data_path": ["{data}"], "split": "99,1,0"}, "none of the 10 documents of {data} for v"),
+        ({"data_path": ["{data}"], "split": "99,1,0"}, "none of the 10 documents of {data} for"),
         ({"data_path": ["{data}"], "split": "969,30,1"}, "--split 969,30,1 leaves none"),
         ({"train_data_path": ["0", "{data}", "1", "b"]}, "{data} has a weight of 0 in its blend"),
         ({"data_path": ["1", "b", "-2", "{data}"], "split": "1"}, "{data} has a weight of -2"),
         ({"train_data_path": ["nan", "{data}"]}, "{data} has a weight of nan"),
-        ({"train_data_path": ["{data}"], "data_cache_path": "{data}.idx"}, "--data-cache-path"),
         (
-            {"mock_data": True, "data_cache_path": "{data}.idx/in/it"},
-            "{data}.idx is not a writable directory",
+            {"train_data_path": ["{data}", "0.7", "b", "0.3"]},
+            "0.7 is no path among the data, but a number",
+        ),
+        (
+            {"data_path": ["0.7", "0.3"], "split": "1"},
+            "0.3 is no path among the data, but a number",
         ),
     ],
 )
@@ -126,3 +130,28 @@ def test_a_token_that_the_model_has_not(tmp_path: Path) -> None:
     manifest(tmp_path / "own")
     with pytest.raises(UsageError, match="has token 150, the model 150 tokens"):
         check_manifests(arguments(train_data_path=[str(tmp_path / "own_train")], vocab_size=150))
+
+
+def test_flags_become_a_description(tmp_path: Path) -> None:
+    described = describe(arguments(data_path=["3", "a", "1", "b", "2", "a"], split="90,10"))
+    assert [source.name for source in described.sources] == ["a", "b"]
+    [phase] = described.phases
+    assert phase.weights == {"a": 5.0, "b": 1.0}  # a path that stands twice has both weights
+    assert [source.parts for source in described.sources] == [
+        (Part("a", 0.0, 0.9),),
+        (Part("b", 0.0, 0.9),),
+    ]
+    [valid] = described.validation
+    assert (valid.name, valid.weights) == ("", (5.0, 1.0))
+    assert valid.sources[0].parts == (Part("a", 0.9, 1.0),)
+    assert describe(arguments(train_data_path=["a", "b"])).phases[0].weights is None
+
+
+def test_files_that_name_data(tmp_path: Path) -> None:
+    (tmp_path / "paths").write_text("0.25 a\n0.75 b\n")
+    described = describe(arguments(data_args_path=str(tmp_path / "paths"), split="1"))
+    assert described.phases[0].weights == {"a": 0.25, "b": 0.75}
+    (tmp_path / "splits").write_text(json.dumps({"train": "a b", "valid": ["c"], "test": "d"}))
+    described = describe(arguments(per_split_data_args_path=str(tmp_path / "splits")))
+    named = [described.sources, described.validation[0].sources, described.test[0].sources]
+    assert [[source.name for source in sources] for sources in named] == [["a", "b"], ["c"], ["d"]]

@@ -94,6 +94,7 @@ FINGERPRINTS: dict[str, str] = {
     "megatron.training.training.build_train_valid_test_data_iterators": "e9cb1d9938fbbce7",
     "megatron.training.training.consume_seqlen_stats_in_iteration": "d3e918d3862cfdbd",
     "megatron.training.training.evaluate": "0531c445cb0eea0f",
+    "megatron.training.training.evaluate_and_print_results": "3f2914b37a4096bb",
     "megatron.training.training.get_train_valid_test_num_samples": "84c82ad2d0ac45d9",
     "megatron.training.training.num_floating_point_operations": "8b304ea7e2ac3ff2",
     "megatron.training.training.train_step": "24a1feeb0a08d846",
