@@ -25,6 +25,26 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "(docs/data.md), in place of paths",
     )
     group.add_argument(
+        "--packing",
+        choices=("sequential", "document-buffer", "best-fit", "greedy"),
+        help="how documents become samples (docs/packing.md): sequential, where nothing is given; "
+        "with --data, its phases say it",
+    )
+    group.add_argument(
+        "--document-buffer-size",
+        type=int,
+        metavar="N",
+        help="documents of each buffer of --packing document-buffer (1024); it holds up "
+        "to twice as many",
+    )
+    group.add_argument(
+        "--document-buffers",
+        type=int,
+        metavar="N",
+        help="how many buffers --packing document-buffer has (4): 4 a GPU are the "
+        "report's. Part of the order: the same for the whole run, whatever its layout",
+    )
+    group.add_argument(
         "--accept-changed-data",
         action="store_true",
         help="go on from a checkpoint of a run that has read other data, or in another order",
@@ -51,6 +71,27 @@ def _sources(args: Namespace) -> int:
 
 
 DATA_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "packing-sources",
+        lambda a: a.packing is not None and (a.mock_data or a.data is not None),
+        "{--packing} is of data paths: mock data are not packed, and the phases of {--data} say "
+        "how each is; leave it out",
+    ),
+    Refusal(
+        "document-buffer",
+        lambda a: (
+            a.packing != "document-buffer"
+            and (a.document_buffer_size is not None or a.document_buffers is not None)
+        ),
+        "{--document-buffer-size} and {--document-buffers} are of {--packing} document-buffer; "
+        "give it, or leave them out",
+    ),
+    Refusal(
+        "packing-documents",
+        lambda a: a.packing not in (None, "sequential") and not a.dataloader_inter_document_masking,
+        "{--packing=} puts pieces of documents side by side that do not belong together; give "
+        "{--dataloader-inter-document-masking}, which keeps them apart",
+    ),
     Refusal(
         "mock-data",
         lambda a: a.mock_data and _sources(a) > 0,
