@@ -26,7 +26,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--packing",
-        choices=("sequential", "document-buffer", "best-fit", "greedy"),
+        choices=("sequential", "in-order", "document-buffer", "best-fit", "greedy"),
         help="how documents become samples (docs/packing.md): sequential, where nothing is given; "
         "with --data, its phases say it",
     )
@@ -88,7 +88,10 @@ DATA_REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "packing-documents",
-        lambda a: a.packing not in (None, "sequential") and not a.dataloader_inter_document_masking,
+        lambda a: (
+            a.packing not in (None, "sequential", "in-order")
+            and not a.dataloader_inter_document_masking
+        ),
         "{--packing=} puts pieces of documents side by side that do not belong together; give "
         "{--dataloader-inter-document-masking}, which keeps them apart",
     ),

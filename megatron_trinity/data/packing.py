@@ -49,8 +49,14 @@ class SequentialPacking:
     Memory: 12 bytes a document for each of the two epochs that are kept.
     """
 
-    def __init__(self, lengths: NDArray[np.int32], seq_length: int, seed: int) -> None:
-        """`lengths`, `[d]`, are the tokens of each document; 0 is allowed, but not for all."""
+    def __init__(
+        self, lengths: NDArray[np.int32], seq_length: int, seed: int, *, shuffle: bool = True
+    ) -> None:
+        """`lengths`, `[d]`, are the tokens of each document; 0 is allowed, but not for all.
+
+        Without `shuffle` a sample goes on where the one before it stopped.
+        """
+        self._shuffled = shuffle
         self._lengths, self._seq_length, self._seed = lengths, seq_length, seed
         self._tokens = int(lengths.sum(dtype=np.int64))
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
@@ -64,7 +70,8 @@ class SequentialPacking:
         """The pieces of sample `index`, `seq_length + 1` tokens in all."""
         epoch = index * self._seq_length // self._tokens
         first = self._first_of(epoch)
-        position = (first + self._shuffle(epoch)[index - first]) * self._seq_length
+        sample = first + self._shuffle(epoch)[index - first] if self._shuffled else index
+        position = sample * self._seq_length
         pieces: list[Piece] = []
         left = self._seq_length + 1
         while left:

@@ -31,6 +31,7 @@ class Packer:
 
 PACKINGS: dict[str, Packer] = {
     "sequential": Packer(SequentialPacking, masking=False),
+    "in-order": Packer(partial(SequentialPacking, shuffle=False), masking=False),
     "document-buffer": Packer(DocumentBufferPacking, frozenset({"size", "buffers"})),
     "best-fit": Packer(partial(RowPacking, fit=best_fit), padding=True),
     "greedy": Packer(partial(RowPacking, fit=greedy), padding=True),
