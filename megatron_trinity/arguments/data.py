@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 from argparse import Namespace
+from importlib.util import find_spec
 
 from megatron_trinity.arguments.refusal import Refusal
+from megatron_trinity.errors import UsageError
 
 _SPLIT = re.compile(r"\s*\d*\.?\d+(\s*,\s*\d*\.?\d+){0,2}\s*")
 
@@ -17,6 +19,7 @@ def _is_split(text: str) -> bool:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags to `parser`."""
+    offer_dali(parser)
     group = parser.add_argument_group(title="trinity data")
     group.add_argument(
         "--data",
@@ -49,6 +52,40 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on from a checkpoint of a run that has read other data, or in another order",
     )
+
+
+def offer_dali(parser: argparse.ArgumentParser) -> None:
+    """Let `--dataloader-type` be dali as well."""
+    for action in parser._actions:
+        if action.dest == "dataloader_type":
+            action.choices = [*(action.choices or ()), "dali"]
+            action.help = "torch's loader (single, the default), or NVIDIA DALI (dali)"
+
+
+def derive_data(args: Namespace) -> None:
+    """Set `dali`; to Megatron its order is that of torch's loader.
+
+    Raises:
+        UsageError: DALI is asked for and not installed.
+    """
+    args.dali = args.dataloader_type == "dali"
+    if not args.dali:
+        return
+    args.dataloader_type = "single"
+    if args.mock_data:
+        raise UsageError("--dataloader-type dali reads data, and --mock-data has none")
+    if not dali_is_installed():
+        raise UsageError(
+            "--dataloader-type dali: NVIDIA DALI is not installed; leave it out, or "
+            "pip install nvidia-dali-cuda130"
+        )
+
+
+def dali_is_installed() -> bool:
+    try:
+        return find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 SOURCES = (
