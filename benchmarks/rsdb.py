@@ -80,19 +80,28 @@ def train(output: Path, case: str, seed: int, steps: int) -> dict[str, list[floa
         run.mkdir(parents=True, exist_ok=True)
         for old in (run / "tensorboard").glob("*"):
             old.unlink()
-        _run("pretrain_trinity.py", *words, "--dataloader-inter-document-masking", *CASES[case])
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
+        _run(
+            *launcher,
+            "pretrain_trinity.py",
+            *words,
+            "--dataloader-inter-document-masking",
+            *CASES[case],
+        )
         (run / "done").touch()
     scalars = read_scalars(run / "tensorboard")
     return {name: list(scalars[name].values()) for name in (HETEROGENEITY, GRAD_NORM, LOSS)}
 
 
-def _run(script: str, *words: str) -> None:
+def _run(*words: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, script, *words], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     if done.returncode:
-        raise TrinityError(f"{script} failed: {(done.stderr or done.stdout).strip()[-400:]}")
+        told = (done.stderr + done.stdout).splitlines()
+        errors = [line for line in told if line.startswith("error")] or told[-3:]
+        raise TrinityError(f"{' '.join(words[:6])} failed: {' '.join(errors)}")
 
 
 def draw(runs: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], figure: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any
@@ -37,8 +36,6 @@ from megatron_trinity.training.metrics import StepMetrics
 from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
 from megatron_trinity.training.step_guard import StepGuard
 from megatron_trinity.upstream.training_hooks import StepOutcome
-
-METRICS = [field.name for field in fields(LoadMetrics)]
 
 
 class StepObserver:
@@ -162,24 +159,25 @@ class StepObserver:
         self, balance: StepBalance, outcome: StepOutcome
     ) -> tuple[LoadMetrics, dict[str, float]]:
         """All that the host has to know of the step, for which it waits once."""
-        metrics = load_metrics(balance.counts, balance.bias)
         totals = self._record.totals()
-        read = on_host(
+        lost = (balance.sequence_losses,) if self._args.seq_aux_loss_coeff else ()
+        counts, bias, *read = on_host(
             [
-                *(getattr(metrics, name) for name in METRICS),
-                balance.sequence_losses.sum(),
+                balance.counts,
+                balance.bias,
                 *outcome.losses.values(),
                 *(() if totals is None else (totals,)),
+                *lost,
             ]
         )
-        of_layers, (sequence_loss, *rest) = read[: len(METRICS)], read[len(METRICS) :]
-        losses = zip(outcome.losses, rest, strict=False)
+        metrics = load_metrics(counts, bias)
+        losses = zip(outcome.losses, read, strict=False)
         self._losses = {name: float(value) for name, value in losses}
         if self._args.seq_aux_loss_coeff:
-            total = self._args.seq_aux_loss_coeff * float(sequence_loss)
+            total = self._args.seq_aux_loss_coeff * float(read.pop().sum())
             self._sequence_loss = {"sequence loss": total / get_current_global_batch_size()}
-        values = {} if totals is None else step_values(rest[-1].tolist())
-        return LoadMetrics(*of_layers), values
+        values = {} if totals is None else step_values(read[-1].tolist())
+        return metrics, values
 
     def _write(self, values: Mapping[str, float]) -> None:
         tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()

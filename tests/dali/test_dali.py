@@ -65,8 +65,8 @@ def test_the_same_training_over_a_resume_and_another_layout(
         for steps, ranks, batch in ((2, 2, "2"), (4, 1, "4")):
             argv = training_flags(
                 tmp_path / "data",
-                *("--dataloader-type", loader, "--train-iters", str(steps)),
-                *("--micro-batch-size", batch, "--lr-decay-iters", "4"),
+                *("--dataloader-type", loader, "--train-iters", "4"),
+                *("--micro-batch-size", batch, "--exit-interval", str(steps)),
                 *("--save", str(tmp_path / loader), "--load", str(tmp_path / loader)),
                 *("--save-interval", "2", "--packing", "document-buffer"),
                 *("--document-buffer-size", "5", "--dataloader-inter-document-masking"),

@@ -26,6 +26,11 @@ from tests.paths import ROOT
 
 # First 16 hex digits of the SHA-256 of each upstream definition, without comments and layout.
 FINGERPRINTS: dict[str, str] = {
+    "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup.check_grads": (
+        "b0ebbcb5b563327e"
+    ),
+    "megatron.core.rerun_state_machine.RerunStateMachine._reduce_any": "14be74e3dbf7e7fd",
+    "megatron.core.timers.Timer.elapsed": "99a0474a4164b3e6",
     "megatron.core.utils.local_multi_tensor_l2_norm": "afdb0d1778923660",
     "megatron.training.utils.common_utils.reduce_max_stat_across_model_parallel_group": (
         "8ab40e5c08c5f1ac"
