@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from megatron_trinity.data.permutation import Permutation, shuffled
 
+KEPT_DOCUMENTS = 1 << 20
+"""Of a source with fewer documents, as many epochs are kept as have so many in all."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -46,7 +49,8 @@ class SequentialPacking:
     out; the first token of all alone follows nothing. Samples that begin in an epoch are read in
     an order of (seed, epoch) as well; the last of them may end in the next one.
 
-    Memory: 12 bytes a document for each of the two epochs that are kept.
+    Memory: 12 bytes a document for each of the epochs that are kept: two, of a small source more,
+    since a blend that is shuffled reads from several in turn.
     """
 
     def __init__(
@@ -59,8 +63,9 @@ class SequentialPacking:
         self._shuffled = shuffle
         self._lengths, self._seq_length, self._seed = lengths, seq_length, seed
         self._tokens = int(lengths.sum(dtype=np.int64))
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
-        self._shuffle = lru_cache(maxsize=2)(self._make_shuffle)
+        kept = 2 + KEPT_DOCUMENTS // len(lengths)
+        self._epoch = lru_cache(maxsize=kept)(self._make_epoch)
+        self._shuffle = lru_cache(maxsize=kept)(self._make_shuffle)
 
     def __len__(self) -> int:
         """Samples that begin in the first epoch."""

@@ -27,8 +27,8 @@ class Given:
 class Plan:
     """What a run trains on, as a pure function of the description, the length and the seed.
 
-    Only sizes are read until a sample is asked for; the documents of a source then cost 24 bytes
-    each at most, in each process that reads.
+    Only sizes are read until a sample is asked for; the documents of a source then cost 28 bytes
+    each, in each process that reads.
     """
 
     def __init__(self, description: Description, seq_length: int, seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,6 +14,11 @@ from torch import Tensor
 from megatron_trinity.data.corpus import Corpus
 from megatron_trinity.data.packing import Piece
 from megatron_trinity.errors import DataError
+
+
+@lru_cache(maxsize=4)
+def _positions(size: int) -> Tensor:
+    return torch.arange(size)
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,13 @@ class SampleFormat:
             corpus.read(piece, row[end : end + piece.length])
             end += piece.length
             ends.append(end)
-        if row.max() >= self.vocab_size or row.min() < 0:
+        if row.view(np.uint64).max() >= self.vocab_size:  # one below 0 is large then
             self._refuse(corpus, pieces, row)
         text = torch.from_numpy(row)
-        tokens, labels = text[:-1].clone(), text[1:].clone()
+        tokens, labels = text[:-1], text[1:]
         mask = torch.ones(size)
-        mask[max(end - 1, 0) :] = 0.0
+        if end < size + 1:
+            mask[max(end - 1, 0) :] = 0.0
         for token in self.unseen_labels:
             mask[labels == token] = 0.0
         for token in self.unseen_tokens:
@@ -66,7 +73,7 @@ class SampleFormat:
             "tokens": tokens,
             "labels": labels,
             "loss_mask": mask,
-            "position_ids": torch.arange(size),
+            "position_ids": _positions(size),
         }
         if self.masking:
             # The last token of a row is a label alone, and may be all that there is of a document.

@@ -200,4 +200,4 @@ def test_empty_documents_alone_are_refused(tmp_path: Path) -> None:
     found = described(tmp_path, f"sources: {{none: {{path: {tmp_path / 'none'}}}}}")
     with pytest.raises(UsageError, match="none has no tokens: its documents are all empty"):
         Plan(found, 8, 1)
-    assert found.sources == (Source("none", found.parts() and tuple(found.parts())),)
+    assert found.sources == (Source("none", tuple(found.parts())),)
