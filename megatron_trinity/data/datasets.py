@@ -90,7 +90,9 @@ def _datasets(
 ) -> tuple[Any, Any, Any]:
     args = get_args()
     for of_test, sets in enumerate((data.validation, data.test)):
-        set_evaluated_sets([EvaluatedSet(one.name, one.iterations) for one in sets], bool(of_test))
+        set_evaluated_sets(
+            [EvaluatedSet(one.name, one.iterations, bool(of_test)) for one in sets], bool(of_test)
+        )
     if not _this_rank_reads(vp_stage, args.dataloader_inter_document_masking):
         return None, None, None
     layout = sample_format(args)

@@ -27,9 +27,10 @@ class RunData:
     test: tuple[EvaluationSamples, ...]
     fingerprint: Fingerprint
 
-    def bytes_per_token(self, of_set: str) -> float | None:
+    def bytes_per_token(self, of_set: str, of_test: bool) -> float | None:
         """Of an evaluation set, by its name; None where its manifests do not say."""
-        sets = [one for one in (*self.validation, *self.test) if one.name == of_set]
+        given = self.test if of_test else self.validation
+        sets = [one for one in given if one.name == of_set]
         return sets[0].bytes_per_token if sets else None
 
 

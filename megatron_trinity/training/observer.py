@@ -36,6 +36,7 @@ from megatron_trinity.training.metrics import StepMetrics
 from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
 from megatron_trinity.training.step_guard import StepGuard
 from megatron_trinity.upstream.training_hooks import StepOutcome
+from megatron_trinity.upstream.validation_samples import EvaluatedSet
 
 
 class StepObserver:
@@ -116,7 +117,7 @@ class StepObserver:
             self._interval.clear()
             self._tell_data()
 
-    def evaluated(self, losses: Mapping[str, Tensor], of_set: str) -> None:
+    def evaluated(self, losses: Mapping[str, Tensor], of_set: EvaluatedSet) -> None:
         """Say what the loss means a token and a byte; refuse one that says nothing.
 
         Raises:
@@ -131,10 +132,10 @@ class StepObserver:
                 )
 
         if self._data is not None and "lm loss" in losses:
-            ratio = self._data.bytes_per_token(of_set)
+            ratio = self._data.bytes_per_token(of_set.name, of_set.of_test)
             values = evaluation_values(float(losses["lm loss"]), ratio)
-            print_rank_last(evaluation_line(of_set, values))
-            suffix = f"-{of_set}" if of_set else ""
+            print_rank_last(evaluation_line(of_set.name, values))
+            suffix = f"-{of_set.name}" if of_set.name else ""
             self._write({f"{name} validation{suffix}": v for name, v in values.items()})
 
     def _tell_data(self) -> None:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_trinity.upstream.registry import Adaptation
 from megatron_trinity.upstream.rejected_steps import StepRejected, calling_on_rerun
-from megatron_trinity.upstream.validation_samples import current_set
+from megatron_trinity.upstream.validation_samples import EvaluatedSet, current_set
 
 ADAPTATION = Adaptation(
     name="training-hooks",
@@ -77,8 +77,8 @@ class TrainingHooks(Protocol):
     def log_written(self) -> None:
         """Told when Megatron has logged the step, and started its interval timer anew if due."""
 
-    def evaluated(self, losses: Mapping[str, torch.Tensor], of_set: str) -> None:
-        """After an evaluation of one set, with its losses and its name, which may be empty.
+    def evaluated(self, losses: Mapping[str, torch.Tensor], of_set: EvaluatedSet) -> None:
+        """After an evaluation of one set, with its losses.
 
         There are no losses on ranks without a loss.
         """

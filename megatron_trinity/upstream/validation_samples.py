@@ -36,11 +36,13 @@ ADAPTATION = Adaptation(
 class EvaluatedSet:
     """Part of what a loader of evaluation gives: `iterations` batches, after those of other sets.
 
-    `name` stands behind the losses' names; it is empty where there is one set.
+    `name` stands behind the losses' names; it is empty where there is one set. `of_test`: whether
+    it is of the test data.
     """
 
     name: str
     iterations: int
+    of_test: bool = False
 
 
 _loaders: weakref.WeakSet[EvaluationLoader] = weakref.WeakSet()
@@ -49,13 +51,13 @@ _current: EvaluatedSet | None = None
 
 
 def set_evaluated_sets(sets: Sequence[EvaluatedSet], of_test: bool) -> None:
-    """Say of what the loader of the validation or the test set consists; on every rank."""
+    """Say of what the loader of the validation or the test data consists; on every rank."""
     _sets[of_test] = sets
 
 
-def current_set() -> str:
-    """The name of the set that is being evaluated."""
-    return _current.name if _current is not None else ""
+def current_set() -> EvaluatedSet:
+    """The set that is being evaluated."""
+    return EvaluatedSet("", 0) if _current is None else _current
 
 
 class EvaluationLoader:
