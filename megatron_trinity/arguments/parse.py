@@ -30,6 +30,12 @@ from megatron_trinity.arguments.model import add_model_arguments, derive_model
 from megatron_trinity.arguments.monitoring import add_monitoring_arguments
 from megatron_trinity.arguments.numbers import LEAST_REFUSALS
 from megatron_trinity.arguments.optimizer import add_optimizer_arguments
+from megatron_trinity.arguments.precision import (
+    add_precision_arguments,
+    derive_precision,
+    refuse_precision_of_machine,
+    tune_precision,
+)
 from megatron_trinity.arguments.presets import add_preset_argument, apply_preset, explain_negation
 from megatron_trinity.arguments.refusal import refuse
 from megatron_trinity.arguments.refusals import validate
@@ -57,6 +63,7 @@ SUBJECTS = (
     add_checkpoint_arguments,
     add_monitoring_arguments,
     add_kernel_arguments,
+    add_precision_arguments,
 )
 """What adds Trinity's own flags, in the order of `--help`."""
 
@@ -127,6 +134,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     derive_data(args)
     derive_model(args)
     derive_kernels(args)
+    derive_precision(args)
     derive_schedule(args)
     if torch.cuda.is_available():
         refuse_what_is_not_installed(args, find_installed())
@@ -134,7 +142,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         refuse_cuda_only_arguments(args)
     validate(args)
     refuse_flags(given, torch.cuda.is_available(), {rule.flag for rule in CUDA_ONLY})
+    tune_precision(args)
     prepare_machine(args)
+    if torch.cuda.is_available() and args.precision is not None:
+        refuse_precision_of_machine(args, torch.cuda.get_device_capability(), torch.version.cuda)
     with refusing("the arguments do not fit together"):
         validate_args(args)
     return args

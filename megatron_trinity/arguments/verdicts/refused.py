@@ -188,6 +188,20 @@ REFUSED: dict[str, str] = {
         --use-mcore-models --moe-router-padding-for-fp8 --enable-cuda-graph
         --external-cuda-graph --moe-layer-recompute --yaml-cfg --lazy-mpu-init --local-rank
         --no-weight-decay-cond-type""",
+    "--precision sets format and recipe of FP8 together": """
+        --fp8-format --fp8-recipe --fp8-quantizer-factory""",
+    "Transformer Engine has dropped it and would ignore it": """
+        --fp8-interval --no-fp8-wgrad""",
+    "it would send tokens to experts that they have not chosen, and their values into the scales of"
+    " FP8; what an expert gets is padded with zeros, which change nothing": """
+        --moe-router-padding-for-quantization""",
+    "Muon cuts matrices into rows and hands them round, which parameters of eight bits do not take,"
+    " and with AdamW they are not proved": """
+        --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag""",
+    "what FP4, or layers whose precision a file chooses, compute of a Trinity model is not proved;"
+    " use --precision": """
+        --fp4-format --fp4-recipe --fp4-quantizer-factory --fp4-param-gather
+        --te-precision-config-file""",
     "the optimizers here are muon and adam": """
         --sgd-momentum --lion-beta1 --lion-beta2                         """,
     "Trinity's Muon does not depend on the layout, and splits fused matrices": """
