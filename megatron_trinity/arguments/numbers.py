@@ -30,7 +30,7 @@ LEAST: dict[str, tuple[Callable[[Any], bool], str]] = {
         --microbatch-group-size-per-virtual-pipeline-stage --ddp-num-buckets --ddp-bucket-size
         --distributed-timeout-seconds-after-init --num-layers-per-virtual-pipeline-stage
         --num-virtual-stages-per-pipeline-rank --decoder-first-pipeline-num-layers
-        --decoder-last-pipeline-num-layers""",
+        --decoder-last-pipeline-num-layers --document-buffer-size --document-buffers""",
     ),
     "use 0 or more": (
         lambda number: number >= 0,
