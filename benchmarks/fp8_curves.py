@@ -60,7 +60,7 @@ class Plan:
             "--preset": "tiny",
             "--transformer-impl": "transformer_engine",
             "--precision": precision,
-            **data_flags(self.data, cache=self.output / "cache"),
+            **data_flags(self.data),
             "--global-batch-size": 8,
             "--train-iters": self.steps,
             "--lr-warmup-iters": self.steps // 10,

@@ -18,7 +18,7 @@ import torch
 
 from megatron_trinity.arguments.checkpoints import add_checkpoint_arguments
 from megatron_trinity.arguments.cuda import CUDA_ONLY, refuse_cuda_only_arguments, set_cpu_defaults
-from megatron_trinity.arguments.data import add_data_arguments
+from megatron_trinity.arguments.data import add_data_arguments, derive_data
 from megatron_trinity.arguments.faults import add_fault_arguments
 from megatron_trinity.arguments.installed import (
     gpu_argument_defaults,
@@ -133,6 +133,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         sys.argv = saved
     given = off_standard(args, standard)
     refuse(args, LEAST_REFUSALS)
+    derive_data(args)
     derive_model(args)
     derive_kernels(args)
     derive_precision(args)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_trinity.data.indexed import HEADER, TOKEN_DTYPES
+from megatron_trinity.data.length_bias import LengthBias
 from megatron_trinity.data.packing import Piece
 from megatron_trinity.errors import TrinityError
 
@@ -39,8 +40,11 @@ class Corpus:
     it is in its GPT dataset. The datasets are taken to be whole: see `check_indexed_dataset`.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
+    def __init__(
+        self, parts: Sequence[Part], length_bias: LengthBias | None = None, seed: int = 0
+    ) -> None:
+        """`length_bias`: which documents are taken; the others count as empty."""
+        self._parts, self._length_bias, self._seed = parts, length_bias, seed
 
     @cached_property
     def documents(self) -> int:
@@ -50,7 +54,7 @@ class Corpus:
     @cached_property
     def tokens(self) -> int:
         """Tokens of all documents."""
-        if not all(part.whole for part in self._parts):
+        if self._length_bias is not None or not all(part.whole for part in self._parts):
             return int(self.lengths.sum(dtype=np.int64))
         return sum(
             os.stat(f"{part.prefix}.bin").st_size // _header(part.prefix)[0].itemsize
@@ -69,7 +73,10 @@ class Corpus:
             )
             for part, (start, stop) in zip(self._parts, self._ranges, strict=True)
         ]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        lengths = found[0] if len(found) == 1 else np.concatenate(found)
+        if self._length_bias is not None:
+            lengths = self._length_bias.taken(lengths, self._seed)
+        return lengths
 
     def read(self, piece: Piece, out: NDArray[np.int64]) -> None:
         """Write the tokens of `piece` into `out`, `[piece.length]`."""

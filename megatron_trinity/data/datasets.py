@@ -9,6 +9,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
@@ -17,11 +18,13 @@ from megatron.training import get_args, get_tokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_trinity.data.dali import DaliLoader
 from megatron_trinity.data.evaluation import EvaluationSamples
 from megatron_trinity.data.mock_documents import MockDocumentDataset
 from megatron_trinity.data.plan import Plan
 from megatron_trinity.data.run_data import RunData
 from megatron_trinity.data.samples import SampleFormat
+from megatron_trinity.upstream.data_loader_rng import set_training_loader
 from megatron_trinity.upstream.validation_samples import EvaluatedSet, set_evaluated_sets
 
 ENDLESS = 1 << 62
@@ -93,12 +96,24 @@ def _datasets(
     if not _this_rank_reads(vp_stage, args.dataloader_inter_document_masking):
         return None, None, None
     layout = sample_format(args)
+    set_training_loader(partial(_dali_loader, args) if args.dali else None)
     train = TrainingDataset(data.plan, layout) if data.plan is not None else None
     valid, test = (
         EvaluationDataset(split, sets, args.eval_global_batch_size, layout) if sets else None
         for split, sets in ((Split.valid, data.validation), (Split.test, data.test))
     )
     return train, valid, test
+
+
+def _dali_loader(args: Namespace, dataset: TrainingDataset, consumed_samples: int) -> DaliLoader:
+    return DaliLoader(
+        dataset,
+        consumed_samples,
+        args.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        device=torch.cuda.current_device() if torch.cuda.is_available() else None,
+    )
 
 
 def sample_format(args: Namespace) -> SampleFormat:

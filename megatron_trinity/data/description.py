@@ -24,6 +24,7 @@ import yaml
 
 from megatron_trinity.data.blend import SMALLEST_SHARE
 from megatron_trinity.data.corpus import Part
+from megatron_trinity.data.length_bias import LengthBias
 from megatron_trinity.data.packings import PACKINGS
 from megatron_trinity.errors import UsageError
 
@@ -34,12 +35,14 @@ _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 class Source:
     """Documents under a name.
 
-    `epochs`: how often the run may read them; None for as often as it takes.
+    `epochs`: how often the run may read them; None for as often as it takes. `length_bias`: which
+    of them, by their lengths; None for all.
     """
 
     name: str
     parts: tuple[Part, ...]
     epochs: float | None = None
+    length_bias: LengthBias | None = None
 
 
 @dataclass(frozen=True)
@@ -148,11 +151,28 @@ def _description(content: Any) -> Description:
 
 def _source(name: str, entry: Any) -> Source:
     where = f"source {name}"
-    block = _block(entry, where, ("path", "epochs"))
+    block = _block(entry, where, ("path", "epochs", "length_bias"))
     epochs = block.get("epochs")
     if epochs is not None:
         epochs = number_in(epochs, f"{where}: epochs")
-    return Source(name, _parts(block, where), epochs)
+    return Source(name, _parts(block, where), epochs, _length_bias(block, where))
+
+
+def _length_bias(block: Mapping[str, Any], where: str) -> LengthBias | None:
+    """`length_bias: {}` is the report's."""
+    if "length_bias" not in block:
+        return None
+    where = f"{where}: length_bias"
+    given = _block(block["length_bias"], where, ("floor", "ceiling", "full_at"))
+    values = {key: number_in(value, f"{where}: {key}") for key, value in given.items()}
+    bias = LengthBias(
+        values.get("floor", LengthBias.floor),
+        values.get("ceiling", LengthBias.ceiling),
+        math.ceil(values.get("full_at", LengthBias.full_at)),
+    )
+    if not bias.floor <= bias.ceiling <= 1:
+        raise UsageError(f"{where}: floor has to be at most ceiling, and ceiling at most 1")
+    return bias
 
 
 def _evaluation_set(name: str, entry: Any) -> EvaluationSet:
@@ -201,6 +221,9 @@ def _packing(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
     for option in options:
         if option not in PACKINGS[kind].options:
             raise UsageError(f"{where}: packing {kind} has no {option}")
+        if number_in(options[option], f"{where}: {option}") % 1:
+            raise UsageError(f"{where}: {option} is {options[option]}; give a whole number")
+        options[option] = int(number_in(options[option], option))
     return kind, options
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_trinity.data.corpus import Part
-from megatron_trinity.data.description import Description
+from megatron_trinity.data.description import Description, Source
 from megatron_trinity.errors import TrinityError
 
 _CHUNK = 4096
@@ -33,8 +33,7 @@ def fingerprint_of(
         "seed": seed,
         "tokenizer": tokenizer_sha256,
         "sources": [
-            {"name": source.name, "content": [_content(part) for part in source.parts]}
-            for source in description.sources
+            {"name": source.name, "content": _contents(source)} for source in description.sources
         ],
         "phases": [
             {
@@ -65,6 +64,11 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
             if before[key] != now[key]:
                 return f"phase {number} has another {key}"
     return None
+
+
+def _contents(source: Source) -> list[str]:
+    bias = () if source.length_bias is None else (repr(source.length_bias),)
+    return [*(_content(part) for part in source.parts), *bias]
 
 
 def _content(part: Part) -> str:

@@ -53,8 +53,14 @@ class SequentialPacking:
     since a blend that is shuffled reads from several in turn.
     """
 
-    def __init__(self, lengths: NDArray[np.int32], seq_length: int, seed: int) -> None:
-        """`lengths`, `[d]`, are the tokens of each document; 0 is allowed, but not for all."""
+    def __init__(
+        self, lengths: NDArray[np.int32], seq_length: int, seed: int, *, shuffle: bool = True
+    ) -> None:
+        """`lengths`, `[d]`, are the tokens of each document; 0 is allowed, but not for all.
+
+        Without `shuffle` a sample goes on where the one before it stopped.
+        """
+        self._shuffled = shuffle
         self._lengths, self._seq_length, self._seed = lengths, seq_length, seed
         self._tokens = int(lengths.sum(dtype=np.int64))
         kept = 2 + KEPT_DOCUMENTS // len(lengths)
@@ -69,7 +75,8 @@ class SequentialPacking:
         """The pieces of sample `index`, `seq_length + 1` tokens in all."""
         epoch = index * self._seq_length // self._tokens
         first = self._first_of(epoch)
-        position = (first + self._shuffle(epoch)[index - first]) * self._seq_length
+        sample = first + self._shuffle(epoch)[index - first] if self._shuffled else index
+        position = sample * self._seq_length
         pieces: list[Piece] = []
         left = self._seq_length + 1
         while left:

@@ -37,7 +37,7 @@ class Plan:
         """
         self._sources = description.sources
         self._seq_length, self._seed = seq_length, seed
-        self._corpora = [Corpus(source.parts) for source in self._sources]
+        self._corpora = [Corpus(source.parts, source.length_bias, seed) for source in self._sources]
         for source, corpus in zip(self._sources, self._corpora, strict=True):
             if corpus.tokens == 0:
                 raise UsageError(f"{source.name} has no tokens: its documents are all empty")
@@ -77,10 +77,11 @@ class Plan:
     def given(self, samples: int) -> list[Given]:
         """What each source has given to the first `samples` of the run, by the samples' length."""
         found = []
+        numbers = {source.name: number for number, source in enumerate(self._sources)}
         counts = self.stream.given(samples).tolist()
         for source, corpus, count in zip(self._sources, self._corpora, counts, strict=True):
-            tokens = count * self._seq_length
-            epochs = tokens / corpus.tokens
+            epochs = count / self._of_an_epoch(numbers[source.name])
+            tokens = round(epochs * corpus.tokens)
             found.append(Given(source.name, tokens, round(epochs * corpus.documents), epochs))
         return found
 
@@ -110,7 +111,13 @@ class Plan:
 
     def _most(self, number: int, epochs: float) -> int:
         """Samples of a source in so many epochs."""
-        return math.floor(epochs * self._corpora[number].tokens / self._seq_length)
+        return math.floor(epochs * self._of_an_epoch(number))
+
+    def _of_an_epoch(self, number: int) -> float:
+        """Samples of an epoch of a source, as a fraction; where they are padded, of the first."""
+        if number in self._kinds and PACKINGS[self._kinds[number].packing].padding:
+            return len(self._packing(number))
+        return self._corpora[number].tokens / self._seq_length
 
     def _lasts(self, number: int, source: Source, samples: int) -> int:
         most = self._most(number, source.epochs or math.inf)

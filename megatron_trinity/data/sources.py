@@ -25,6 +25,7 @@ from megatron_trinity.data.description import (
 )
 from megatron_trinity.data.indexed import IndexedDatasetInfo, check_indexed_dataset
 from megatron_trinity.data.manifest import read_manifest, sha256_of_file
+from megatron_trinity.data.packings import PACKINGS
 from megatron_trinity.errors import UsageError
 
 SPLITS = ("train", "valid", "test")
@@ -41,8 +42,6 @@ def check_data(args: Namespace) -> None:
     """
     if args.mock_data:
         return
-    if args.data_cache_path is not None:
-        print_rank_0("WARNING: --data-cache-path is not used: there are no indices to keep")
     described = describe(args)
     if not described.parts():
         raise UsageError(
@@ -51,6 +50,7 @@ def check_data(args: Namespace) -> None:
         )
     if not described.sources and not args.skip_train:
         raise UsageError("no training data: give --train-data-path, or a --split that has some")
+    _check_masking(args, described)
     if not described.validation and args.eval_iters:
         print_rank_0(
             "WARNING: no validation data (--valid-data-path, or a share of --split): the run does "
@@ -62,6 +62,15 @@ def check_data(args: Namespace) -> None:
             if part.prefix not in checked:
                 checked[part.prefix] = check_indexed_dataset(part.prefix)
             _check_share(args, part, checked[part.prefix])
+
+
+def _check_masking(args: Namespace, described: Description) -> None:
+    for phase in described.phases:
+        if PACKINGS[phase.packing].masking and not args.dataloader_inter_document_masking:
+            raise UsageError(
+                f"packing {phase.packing} puts pieces of documents side by side that do not belong "
+                "together; give --dataloader-inter-document-masking, which keeps them apart"
+            )
 
 
 def check_manifests(args: Namespace) -> None:
@@ -134,10 +143,17 @@ def describe(args: Namespace) -> Description:
     }
     return Description(
         sources,
-        (PlannedPhase(weights=by_name),) if sources else (),
+        (PlannedPhase(None, by_name, *_packing(args)),) if sources else (),
         evaluated.get("valid", ()),
         evaluated.get("test", ()),
     )
+
+
+def _packing(args: Namespace) -> tuple[str, dict[str, int]]:
+    """The packing that the flags name, and its options."""
+    given = {"size": args.document_buffer_size, "buffers": args.document_buffers}
+    options = {key: value for key, value in given.items() if value is not None}
+    return args.packing or "sequential", options
 
 
 def _sources(

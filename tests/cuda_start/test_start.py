@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags_of(data: Path, *flags: str) -> list[str]:
     return training_flags(
         data / "data",
-        *("--data-cache-path", str(data / "cache"), "--adam-eps", "1e-4", *PORTABLE, *flags),
+        *("--adam-eps", "1e-4", *PORTABLE, *flags),
     )
 
 

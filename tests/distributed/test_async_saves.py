@@ -187,7 +187,7 @@ def train_and_end(rank: int, world_size: int, flags: Sequence[str], how: str) ->
     write = writer.write_preloaded_data
 
     def write_slowly(*args: Any, **kwargs: Any) -> Any:
-        if how == "signal":
+        if how == "signal" and "iter_0000002" in str(kwargs["write_bucket"][0]):
             os.killpg(0, signal.SIGTERM)  # all processes of the rank, as a scheduler does
         time.sleep(0.5)
         if how == "full disk" and "iter_0000002" in str(kwargs["write_bucket"][0]):
@@ -198,7 +198,8 @@ def train_and_end(rank: int, world_size: int, flags: Sequence[str], how: str) ->
     step = training.train_step
 
     def step_and_end(*args: Any, **kwargs: Any) -> Any:
-        if how == "signal" and rank == 0:
+        # Before the first step a rank would leave alone, and at once.
+        if how == "signal" and rank == 0 and kwargs["iteration"] == 1:
             os.killpg(0, signal.SIGTERM)
         if how == "duration":
             training._TRAIN_START_TIME -= 60
@@ -217,7 +218,7 @@ ENDS: dict[str, tuple[list[str], int, int]] = {
     "normal, between saves": (["--save-interval", "3"], 4, exits.DONE),
     "interval": (["--exit-interval", "2"], 2, exits.DONE),
     "duration": (["--exit-duration-in-mins", "1"], 1, exits.OUT_OF_TIME),
-    "signal": ([], 1, exits.of_signal(signal.SIGTERM)),
+    "signal": ([], 2, exits.of_signal(signal.SIGTERM)),
 }
 
 

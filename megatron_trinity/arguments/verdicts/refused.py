@@ -151,6 +151,10 @@ REFUSED: dict[str, str] = {
     "data come from indexed datasets named by paths": """
         --per-dataset-sequences-path --object-storage-cache-path --dataloader-fast-cache-load
         --dataloader-defer-npy-index-mmap""",
+    "what is read follows from the seed and the description alone: no index is built or kept, and"
+    " files are mapped": """
+        --data-cache-path --num-dataset-builder-threads --mid-level-dataset-surplus
+        --no-mmap-bin-files""",
     "the phases of a run stand in the file of --data": "--phase-transition-iterations",
     "Megatron's FSDP saves checkpoints that nothing verifies; use --use-distributed-optimizer": """
         --use-megatron-fsdp --use-torch-fsdp2 --data-parallel-sharding-strategy

@@ -184,8 +184,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"muon_momentum": 1.0},
         {"muon_momentum": float("nan")},
     ],
+    "param-gather": [
+        {"overlap_param_gather": True, "use_distributed_optimizer": True},
+        {"overlap_param_gather": True, "overlap_grad_reduce": True},
+    ],
+    "buckets": [{"ddp_bucket_size": 1000, "ddp_num_buckets": 2}],
     "muon-overlap": [
-        {"overlap_param_gather": True},
         {"overlap_param_gather_with_optimizer_step": True},
         {"optimizer_cpu_offload": True},
         {"optimizer_cuda_graph": True},
@@ -219,6 +223,15 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"mock_data": True, "per_split_data_args_path": "a.json"},
     ],
     "cyclic": [{"dataloader_type": "cyclic"}],
+    "packing-sources": [
+        {"packing": "in-order", "mock_data": True},
+        {"packing": "in-order", "data": "a.yaml"},
+    ],
+    "document-buffer": [{"document_buffer_size": 4}, {"document_buffers": 4, "packing": "greedy"}],
+    "packing-documents": [
+        {"packing": "document-buffer", "dataloader_inter_document_masking": False},
+        {"packing": "best-fit", "dataloader_inter_document_masking": False},
+    ],
     "data-sources": [
         {"data": "a.yaml", "train_data_path": ["a"]},
         {"data_path": ["a"], "split": "98,2,0", "train_data_path": ["a"]},

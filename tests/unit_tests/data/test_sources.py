@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 
-from megatron_trinity.data.corpus import Part
+from megatron_trinity.data.corpus import Corpus, Part
+from megatron_trinity.data.description import Description, PlannedPhase, Source, read_description
+from megatron_trinity.data.length_bias import LengthBias
 from megatron_trinity.data.manifest import sha256_of_file
+from megatron_trinity.data.packings import PACKINGS
+from megatron_trinity.data.plan import Plan
+from megatron_trinity.data.rows import RowPacking, greedy
 from megatron_trinity.data.sources import check_data, check_manifests, describe, given_splits
 from megatron_trinity.errors import TrinityError, UsageError
 from tests.trainer import write_dataset
@@ -18,10 +23,11 @@ from tests.trainer import write_dataset
 
 def arguments(**given: Any) -> Namespace:
     names = ("data", "data_path", "train_data_path", "valid_data_path", "test_data_path", "split")
-    files = ("data_args_path", "per_split_data_args_path", "data_cache_path")
+    files = ("data_args_path", "per_split_data_args_path")
+    packing = ("packing", "document_buffer_size", "document_buffers")
     rest = {"mock_data": False, "skip_train": False, "eval_iters": 1, "vocab_size": 160}
     tokenizer = {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}
-    return Namespace(**{**dict.fromkeys((*names, *files)), **rest, **tokenizer, **given})
+    return Namespace(**{**dict.fromkeys((*names, *files, *packing)), **rest, **tokenizer, **given})
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +161,68 @@ def test_files_that_name_data(tmp_path: Path) -> None:
     described = describe(arguments(per_split_data_args_path=str(tmp_path / "splits")))
     named = [described.sources, described.validation[0].sources, described.test[0].sources]
     assert [[source.name for source in sources] for sources in named] == [["a", "b"], ["c"], ["d"]]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packings_of_flags(tmp_path: Path, packing: str) -> None:
+    """Each is described; those that lay pieces side by side need documents kept apart."""
+    write_dataset(tmp_path / "data", documents=10)
+    options = {"size": 5, "buffers": 2} if packing == "document-buffer" else {}
+    args = arguments(
+        train_data_path=[str(tmp_path / "data")],
+        eval_iters=0,
+        packing=packing,
+        document_buffer_size=options.get("size"),
+        document_buffers=options.get("buffers"),
+        dataloader_inter_document_masking=True,
+    )
+    (phase,) = describe(args).phases
+    assert (phase.packing, phase.options) == (packing, options)
+    check_data(args)
+    args.dataloader_inter_document_masking = False
+    if PACKINGS[packing].masking:
+        with pytest.raises(UsageError, match="keeps them apart"):
+            check_data(args)
+    else:
+        check_data(args)
+
+
+def test_packings_and_lengths_of_a_file(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data")
+    file = tmp_path / "data.yaml"
+    source = f"sources: {{a: {{path: {tmp_path / 'data'}, length_bias: {{full_at: 100}}}}}}\n"
+    file.write_text(source + "phases: [{packing: {kind: document-buffer, size: 3, buffers: 2}}]\n")
+    described = read_description(file)
+    assert described.sources[0].length_bias == LengthBias(full_at=100)
+    plan = Plan(described, 32, 1)
+    corpus, pieces = plan.pieces(0)
+    assert 0 < corpus.tokens < Corpus((Part(str(tmp_path / "data")),)).tokens
+    assert sum(piece.length for piece in pieces) in (32, 33)
+    for wrong, says in (
+        ("packing: {kind: best-fit, size: 3}", "best-fit has no size"),
+        ("packing: {kind: document-buffer, size: 0}", "size is 0; give a number above 0"),
+        ("packing: {kind: document-buffer, size: 1.5}", "give a whole number"),
+        ("packing: none", "is none of sequential"),
+    ):
+        file.write_text(source + f"phases: [{{{wrong}}}]\n")
+        with pytest.raises(UsageError, match=says):
+            read_description(file)
+    file.write_text(source.replace("100", "100, floor: 0.95"))
+    with pytest.raises(UsageError, match="floor has to be at most ceiling"):
+        read_description(file)
+
+
+def test_padded_rows_end_an_epoch_later(tmp_path: Path) -> None:
+    """Rows of whole documents are more than the tokens would fill; an epoch is all of them."""
+    write_dataset(tmp_path / "data")
+    part = Part(str(tmp_path / "data"))
+    phase = PlannedPhase(packing="greedy")
+    plan = Plan(Description((Source("a", (part,), epochs=1),), (phase,)), 32, 1)
+    corpus, _ = plan.pieces(0)
+    rows = len(RowPacking(corpus.lengths, 32, 1, fit=greedy))
+    assert rows > corpus.tokens / 32
+    plan.check_length(rows)
+    assert plan.given(rows)[0].epochs == 1
+    assert plan.given(rows)[0].documents == corpus.documents
+    with pytest.raises(UsageError, match="may be read 1 times"):
+        plan.check_length(rows + 1)

@@ -26,6 +26,16 @@ from tests.paths import ROOT
 
 # First 16 hex digits of the SHA-256 of each upstream definition, without comments and layout.
 FINGERPRINTS: dict[str, str] = {
+    "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup.start_grad_sync": (
+        "8686bdc99a75bc87"
+    ),
+    "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup.reset": (
+        "54d30b2d665a5ead"
+    ),
+    "megatron.training.models.dist_utils._ddp_wrap": "ce6bfe417a12fd35",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.compute_full_param_layout": (
+        "21699e5d50a2b60e"
+    ),
     "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup.check_grads": (
         "b0ebbcb5b563327e"
     ),
