@@ -193,7 +193,7 @@ class Side:
             self._scheduler,
             self._config,
             self._schedule,
-            args.curr_iteration,
+            iteration=args.curr_iteration,
         )
         rate = self._optimizer.param_groups[0]["lr"]
         training.training_log(
