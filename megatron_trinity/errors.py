@@ -46,6 +46,14 @@ class StepError(TrinityError):
     exit_code = 3
 
 
+class DataError(TrinityError):
+    """Something in the data, met by a process that reads it ahead."""
+
+    def __init__(self, message: str) -> None:
+        """torch hands over an error of a worker with the worker's traceback before the message."""
+        super().__init__(message.strip().splitlines()[-1].split(f"{type(self).__name__}: ")[-1])
+
+
 def root_cause(error: BaseException) -> str:
     """What went wrong at the bottom of `error`, the innermost of its causes, in one line."""
     failures = getattr(

@@ -88,8 +88,9 @@ OPTIMIZER_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "muon-precision",
         lambda a: _is_muon(a) and (a.fp16 or a.fp8_param_gather or a.fp4_param_gather),
-        "{--optimizer} muon updates bf16 and fp32 parameters; use {--bf16} in place of {--fp16}, "
-        "and leave out {--fp8-param-gather} and {--fp4-param-gather}",
+        "{--optimizer} muon updates bf16 and fp32 parameters, in rows and pieces that others do "
+        "not take; use {--bf16} in place of {--fp16}, and leave out {--fp8-param-gather} and "
+        "{--fp4-param-gather}",
     ),
     Refusal(
         "muon-sharding",

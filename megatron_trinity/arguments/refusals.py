@@ -13,6 +13,7 @@ from megatron_trinity.arguments.monitoring import MONITORING_REFUSALS
 from megatron_trinity.arguments.optimizer import OPTIMIZER_REFUSALS
 from megatron_trinity.arguments.other_models import OTHER_MODEL_REFUSALS
 from megatron_trinity.arguments.parallelism import PARALLELISM_REFUSALS
+from megatron_trinity.arguments.precision import PRECISION_REFUSALS
 from megatron_trinity.arguments.refusal import Refusal, refuse
 from megatron_trinity.arguments.router import ROUTER_REFUSALS
 from megatron_trinity.arguments.schedule import SCHEDULE_REFUSALS
@@ -29,6 +30,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *MONITORING_REFUSALS,
     *OTHER_MODEL_REFUSALS,
     *KERNEL_REFUSALS,
+    *PRECISION_REFUSALS,
 )
 
 

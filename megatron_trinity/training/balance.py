@@ -6,8 +6,10 @@ Shapes: L layers of the model, E experts.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_trinity.errors import TrinityError
-from megatron_trinity.moe.router import TrinityRouter
+from megatron_trinity.moe.router import TrinityRouter, balance
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,9 @@ def balance_experts(
     local = {router.layer_number: router for router in routers(model)}
     counted = {number: router.tokens_per_expert for number, router in local.items()}
     lost = {number: router.sequence_loss for number, router in local.items()}
-    no_counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
-    no_bias = torch.zeros(num_experts, device=device)
-    # No index of layers: a list of numbers would be copied to the device, and waited for.
-    counts = torch.stack([counted.get(number, no_counts) for number in layers])
-    losses = torch.stack([lost.get(number, no_bias[0]) for number in layers])
+    blank = partial(torch.zeros, device=device)
+    counts = _in_order(counted, layers, partial(blank, num_experts, dtype=torch.int64))
+    losses = _in_order(lost, layers, partial(blank, ()))
     if local:
         torch._foreach_zero_([*counted.values(), *lost.values()])
         # Every rank that has routed tokens of these layers: tensor (its parts of the sequence),
@@ -83,16 +83,26 @@ def balance_experts(
         dist.all_reduce(counts, group=group)
         dist.all_reduce(losses, group=group)
         if applied:
-            for of_layer, number in zip(counts, layers, strict=True):
-                if number in local:
-                    local[number].balance(of_layer)
+            here = [number in local for number in layers]
+            # A list of numbers would be copied to the device, and waited for.
+            of_local = counts if all(here) else torch.stack(list(compress(counts, here)))
+            balance([local[number] for number in layers if number in local], of_local)
     moved = {number: router.expert_bias for number, router in local.items()}
-    bias = torch.stack([moved.get(number, no_bias) for number in layers])
+    bias = _in_order(moved, layers, partial(blank, num_experts))
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     if pipeline.size() > 1:
         for tensor in (counts, bias, losses):
             dist.all_reduce(tensor, group=pipeline)
     return StepBalance(tuple(layers), counts, bias, losses)
+
+
+def _in_order(
+    of_local: Mapping[int, Tensor], layers: Sequence[int], blank: Callable[[], Tensor]
+) -> Tensor:
+    """The values of all layers; `blank` makes that of one on another pipeline stage."""
+    missing = blank() if len(of_local) < len(layers) else None
+    values: Any = [of_local.get(number, missing) for number in layers]
+    return torch.stack(values)
 
 
 def forget_counts(model: Sequence[Any]) -> None:

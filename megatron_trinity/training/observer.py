@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +14,7 @@ from megatron.training.utils import print_rank_last
 from torch import Tensor
 
 from megatron_trinity.checkpoint.whole.hold import Hold
+from megatron_trinity.data.run_data import RunData
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.moe.metrics import LoadMetrics, by_layer, load_metrics, summary
 from megatron_trinity.training.alarm import Alarms
@@ -24,14 +24,19 @@ from megatron_trinity.training.balance import (
     forget_counts,
     moe_layers,
 )
+from megatron_trinity.training.data_given import (
+    data_line,
+    evaluation_line,
+    evaluation_values,
+    scalars,
+)
 from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.host import on_host
 from megatron_trinity.training.metrics import StepMetrics
 from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
 from megatron_trinity.training.step_guard import StepGuard
 from megatron_trinity.upstream.training_hooks import StepOutcome
-
-METRICS = [field.name for field in fields(LoadMetrics)]
+from megatron_trinity.upstream.validation_samples import EvaluatedSet
 
 
 class StepObserver:
@@ -48,12 +53,15 @@ class StepObserver:
         record: MicroBatchRecord,
         flops: StepFlops,
         held: Hold | None = None,
+        data: RunData | None = None,
     ) -> None:
         """`record` is what the loss function writes to, `flops` what the loop asks.
 
-        `held` is `--save` on rank 0: a run that has lost it ends with the next step.
+        `held` is `--save` on rank 0: a run that has lost it ends with the next step. `data` is what
+        the run reads.
         """
         self._held = held
+        self._data = data
         self._args = args
         self._record = record
         self._flops = flops
@@ -107,9 +115,10 @@ class StepObserver:
         if self._interval and self._iteration % self._args.log_interval == 0:
             print_rank_last(balance_line(self._iteration, self._interval, self._rates))
             self._interval.clear()
+            self._tell_data()
 
-    def evaluated(self, losses: Mapping[str, Tensor]) -> None:
-        """Refuse to go on from a validation that says nothing.
+    def evaluated(self, losses: Mapping[str, Tensor], of_set: EvaluatedSet) -> None:
+        """Say what the loss means a token and a byte; refuse one that says nothing.
 
         Raises:
             TrinityError: a loss is not a number.
@@ -121,6 +130,21 @@ class StepObserver:
                     "carries a loss (documents of one token, or masked as a whole?), or what the "
                     "model computes is not finite"
                 )
+
+        if self._data is not None and "lm loss" in losses:
+            ratio = self._data.bytes_per_token(of_set.name, of_set.of_test)
+            values = evaluation_values(float(losses["lm loss"]), ratio)
+            print_rank_last(evaluation_line(of_set.name, values))
+            suffix = f"-{of_set.name}" if of_set.name else ""
+            self._write({f"{name} validation{suffix}": v for name, v in values.items()})
+
+    def _tell_data(self) -> None:
+        """Write what each source has given, beneath the line of balance."""
+        if self._data is None or self._data.plan is None:
+            return
+        given = self._data.plan.given(self._args.consumed_train_samples)
+        print_rank_last(data_line(self._iteration, given))
+        self._write(scalars(given))
 
     def _forget(self, model: Sequence[Any]) -> None:
         forget_counts(model)
@@ -136,24 +160,25 @@ class StepObserver:
         self, balance: StepBalance, outcome: StepOutcome
     ) -> tuple[LoadMetrics, dict[str, float]]:
         """All that the host has to know of the step, for which it waits once."""
-        metrics = load_metrics(balance.counts, balance.bias)
         totals = self._record.totals()
-        read = on_host(
+        lost = (balance.sequence_losses,) if self._args.seq_aux_loss_coeff else ()
+        counts, bias, *read = on_host(
             [
-                *(getattr(metrics, name) for name in METRICS),
-                balance.sequence_losses.sum(),
+                balance.counts,
+                balance.bias,
                 *outcome.losses.values(),
                 *(() if totals is None else (totals,)),
+                *lost,
             ]
         )
-        of_layers, (sequence_loss, *rest) = read[: len(METRICS)], read[len(METRICS) :]
-        losses = zip(outcome.losses, rest, strict=False)
+        metrics = load_metrics(counts, bias)
+        losses = zip(outcome.losses, read, strict=False)
         self._losses = {name: float(value) for name, value in losses}
         if self._args.seq_aux_loss_coeff:
-            total = self._args.seq_aux_loss_coeff * float(sequence_loss)
+            total = self._args.seq_aux_loss_coeff * float(read.pop().sum())
             self._sequence_loss = {"sequence loss": total / get_current_global_batch_size()}
-        values = {} if totals is None else step_values(rest[-1].tolist())
-        return LoadMetrics(*of_layers), values
+        values = {} if totals is None else step_values(read[-1].tolist())
+        return metrics, values
 
     def _write(self, values: Mapping[str, float]) -> None:
         tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()

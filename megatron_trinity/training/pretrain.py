@@ -16,12 +16,14 @@ from megatron.training.utils import print_rank_0
 from megatron_trinity.arguments.machine import machine_notes
 from megatron_trinity.arguments.parse import parse_arguments
 from megatron_trinity.arguments.stages import stage_notes
-from megatron_trinity.data.datasets import train_valid_test_datasets
+from megatron_trinity.data.datasets import dataset_provider
+from megatron_trinity.data.run_data import run_data
 from megatron_trinity.data.sources import check_data, check_manifests
 from megatron_trinity.errors import StepError, UsageError
 from megatron_trinity.model.config import model_config_from_args
 from megatron_trinity.training.balance import announce_balance
 from megatron_trinity.training.checkpoints import WholeCheckpoints
+from megatron_trinity.training.data_given import note_data
 from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.forward_step import forward_step
 from megatron_trinity.training.held_save import held_save
@@ -56,20 +58,22 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
         set_global_variables(args)
     settle_vocabulary(args)
     check_manifests(args)
+    data = run_data(args)
+    note_data(args, data)
     with held_save(args) as held, finished_saves():
         checked = check_checkpoint(args)
         check_profile(args, start_of(args, checked))
         record, flops = MicroBatchRecord(), StepFlops(args)
         set_flop_counter(flops)
-        set_training_hooks(StepObserver(args, record, flops, held))
-        set_checkpoint_hooks(WholeCheckpoints(args, checked, held))
+        set_training_hooks(StepObserver(args, record, flops, held, data))
+        set_checkpoint_hooks(WholeCheckpoints(args, checked, held, data))
         set_up_optimizer(args)
         with refusing("the model cannot be configured"):
             model_config = model_config_from_args(args)
         model_config.pre_wrap_hooks.append(partial(announce_balance, args))
         megatron_pretrain(
             container_from_args(args, model_config),
-            train_valid_test_datasets,
+            dataset_provider(data),
             ModelType.encoder_or_decoder,
             partial(forward_step, record=record, flops=flops),
         )

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megatron_trinity.upstream.registry import Adaptation
 from megatron_trinity.upstream.rejected_steps import StepRejected, calling_on_rerun
+from megatron_trinity.upstream.validation_samples import EvaluatedSet, current_set
 
 ADAPTATION = Adaptation(
     name="training-hooks",
@@ -19,11 +24,13 @@ ADAPTATION = Adaptation(
         "megatron.training.training.train_step",
         "megatron.training.training.training_log",
         "megatron.training.training.evaluate",
+        "megatron.core.timers.Timer.elapsed",
     ),
     reason=(
         "the loop has no hook behind an optimizer step, where it is known whether the step was "
-        "applied, and none behind an evaluation; and `training_log` prints and writes only what "
-        "the loss function reported"
+        "applied, and none behind an evaluation; `training_log` prints and writes only what the "
+        "loss function reported, and waits for the device and the other ranks for numbers of the "
+        "host"
     ),
     written_for="megatron-core 0.19.2",
     remove_when="the loop takes callbacks, and metrics from the outside",
@@ -70,8 +77,11 @@ class TrainingHooks(Protocol):
     def log_written(self) -> None:
         """Told when Megatron has logged the step, and started its interval timer anew if due."""
 
-    def evaluated(self, losses: Mapping[str, torch.Tensor]) -> None:
-        """After an evaluation, with its losses; of those there are none on ranks without a loss."""
+    def evaluated(self, losses: Mapping[str, torch.Tensor], of_set: EvaluatedSet) -> None:
+        """After an evaluation of one set, with its losses.
+
+        There are no losses on ranks without a loss.
+        """
 
 
 _hooks: TrainingHooks | None = None
@@ -134,21 +144,47 @@ def _with_values(training_log: Callable[..., Any]) -> Callable[..., Any]:
         if not loss_dict:
             values = {}
         tensors = {name: torch.tensor([v], dtype=torch.float32) for name, v in values.items()}
-        _keep_on_host(total_loss_dict, tensors)
-        result = training_log({**loss_dict, **tensors}, total_loss_dict, *args, **kwargs)
-        _keep_on_host(total_loss_dict, tensors)
+        # Where all of them are on the host, so are their sums, and the step has ended.
+        with nullcontext() if loss_dict.keys() - tensors.keys() else _nothing_to_wait_for():
+            result = training_log({**loss_dict, **tensors}, total_loss_dict, *args, **kwargs)
         _hooks.log_written()
         return result
 
     return log_with_values
 
 
-def _keep_on_host(totals: dict[str, Any], names: Iterable[str]) -> None:
-    """Let Megatron add up values of the host there; it begins with a zero on the device."""
-    for name in names:
-        total = totals.get(name)
-        if total is None or total.device.type != "cpu":
-            totals[name] = torch.zeros(1)
+class _NumbersOnHost(TorchFunctionMode):
+    """`torch.tensor` leaves numbers on the host: the zeros that the log begins its sums with."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") == "tensor":
+            kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def _nothing_to_wait_for() -> Iterator[None]:
+    """The log neither sends numbers to the device nor asks whether it, or a rank, is ready."""
+    from megatron.core.timers import Timer
+
+    with mock.patch.object(Timer, "elapsed", _elapsed), _NumbersOnHost():
+        yield
+
+
+def _elapsed(timer: Any, reset: bool = True, barrier: bool = False) -> float:
+    """As `Timer.elapsed`, for a step whose values have been read."""
+    now = time.time()
+    if timer._started:
+        timer._elapsed += now - timer._start_time
+        timer._active_time += now - timer._start_time
+        timer._start_time = now
+    elapsed: float = timer._elapsed
+    if reset:
+        timer._elapsed = 0.0
+    return elapsed
 
 
 def _with_losses(evaluate: Callable[..., Any]) -> Callable[..., Any]:
@@ -156,7 +192,7 @@ def _with_losses(evaluate: Callable[..., Any]) -> Callable[..., Any]:
     def evaluate_then_hook(*args: Any, **kwargs: Any) -> Any:
         losses, collected, out_of_time = evaluate(*args, **kwargs)
         if _hooks is not None and not out_of_time:
-            _hooks.evaluated(losses)
+            _hooks.evaluated(losses, current_set())
         return losses, collected, out_of_time
 
     return evaluate_then_hook

@@ -54,7 +54,6 @@ WORKS = """
 --train-samples ; shown by tests/distributed/test_schedules.py
 --iterations-to-skip 2
 --seed 7
---dataloader-type cyclic
 --lr 1e-2
 --min-lr 1e-3
 --lr-decay-style constant
@@ -214,6 +213,9 @@ SAME_ANSWER = """
 --use-distributed-optimizer ; ranks 2
 --num-distributed-optimizer-instances 2 ; and SHARDED ; ranks 2
 --cp-comm-type a2a ; and --context-parallel-size 2 ; ranks 2
+--dataloader-type ; shown by tests/unit_tests/arguments/test_refusals.py
+--data-args-path ; shown by tests/unit_tests/data/test_sources.py
+--per-split-data-args-path ; shown by tests/unit_tests/data/test_sources.py
 --eval-iters 2
 --eval-interval 1
 --start-eval-at-iter 2 ; and --eval-interval 1
@@ -222,12 +224,8 @@ SAME_ANSWER = """
 --skip-train
 --valid-data-path {data}
 --test-data-path {data}
---data-cache-path {tmp}/cache
---no-mmap-bin-files
 --num-workers 1
 --no-create-attention-mask-in-dataloader
---num-dataset-builder-threads 2
---mid-level-dataset-surplus 0.1
 --allow-ambiguous-pad-tokens
 --vocab-file {tmp}/vocab.json
 --merge-file {tmp}/merges.txt

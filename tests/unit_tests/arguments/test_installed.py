@@ -72,7 +72,7 @@ def test_nothing_is_refused_that_was_not_asked_for() -> None:
     ("dest", "value", "library"),
     [
         ("transformer_impl", "transformer_engine", "Transformer Engine"),
-        ("fp8", "hybrid", "Transformer Engine"),
+        ("precision", "fp8-blockwise", "Transformer Engine 2.3, which fp8-blockwise needs,"),
         ("moe_permute_fusion", True, "Transformer Engine"),
         ("moe_grouped_gemm", True, "Transformer Engine"),
         ("attention_backend", "flash", "Transformer Engine"),
@@ -93,12 +93,29 @@ def test_what_is_asked_for_and_missing_is_refused(dest: str, value: object, libr
 
 def test_an_old_transformer_engine_is_none() -> None:
     with pytest.raises(UsageError, match="Transformer Engine is not installed"):
-        refuse_what_is_not_installed(arguments(fp8="hybrid"), Installed("1.14"))
+        refuse_what_is_not_installed(arguments(moe_grouped_gemm=True), Installed("1.14"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "before", "first"),
+    [
+        ("fp8-tensorwise", "2.1.0", "2.2.0"),
+        ("fp8-blockwise", "2.2.0", "2.3.0"),
+        ("fp8-delayed", "2.0.0", "2.1.0"),
+        ("fp8-mxfp8", "2.0.0", "2.1.0"),
+    ],
+)
+def test_a_recipe_needs_a_version(recipe: str, before: str, first: str) -> None:
+    args = arguments(precision=recipe)
+    with pytest.raises(UsageError, match=f"Engine {first[:3]}, which {recipe} needs, is not"):
+        refuse_what_is_not_installed(args, Installed(before))
+    refuse_what_is_not_installed(args, Installed(first))
 
 
 def test_all_are_told_at_once() -> None:
-    args = arguments(fp8="hybrid", te_rng_tracker=True, moe_enable_deepep=True)
-    with pytest.raises(UsageError, match=r"^--fp8-format, --te-rng-tracker: .*; --moe-enable-deep"):
+    args = arguments(moe_grouped_gemm=True, te_rng_tracker=True, moe_enable_deepep=True)
+    message = r"^--te-rng-tracker, --moe-grouped-gemm: .*; --moe-enable-deep"
+    with pytest.raises(UsageError, match=message):
         refuse_what_is_not_installed(args, NOTHING)
 
 
