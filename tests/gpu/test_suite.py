@@ -66,7 +66,7 @@ def test_a_folder_without_wheels_is_refused(tmp_path: Path) -> None:
     script = ROOT / "tests/run_gpu.sh"
     (tmp_path / "empty").mkdir()
     for folder, told in (("none", "no such folder"), ("empty", "it holds no wheels")):
-        words = ["bash", script, "--wheels", tmp_path / folder]
+        words = ["bash", str(script), "--wheels", str(tmp_path / folder)]
         answer = subprocess.run(words, capture_output=True, text=True)
         assert answer.returncode == 2
         assert answer.stderr == f"error: --wheels {tmp_path / folder}: {told}\n"
