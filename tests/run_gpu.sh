@@ -19,7 +19,11 @@ while (($#)); do
     --wheels)
         wheels=${2:-}
         if [[ ! -d $wheels ]]; then
-            printf 'error: --wheels %s: no such folder\n' "$wheels" >&2
+            printf 'error: --wheels %s: no such folder\n' "${wheels:-DIR}" >&2
+            exit 2
+        fi
+        if ! compgen -G "$wheels/*.whl" >/dev/null; then
+            printf 'error: --wheels %s: it holds no wheels\n' "$wheels" >&2
             exit 2
         fi
         wheels=$(cd "$wheels" && pwd -P)
@@ -51,6 +55,9 @@ over_wheels() {
         "$base" -m venv --system-site-packages .venv-gpu
     fi
     python=$root/.venv-gpu/bin/python
+    # An interpreter that is of an environment itself would be passed over for what is under it.
+    local where='import sysconfig; print(sysconfig.get_path("purelib"))'
+    "$base" -c "$where" >"$("$python" -c "$where")/base.pth"
     if has_all "$python"; then return 0; fi
     # What pyproject.toml names, and Transformer Engine where the folder has its part for torch.
     local packages
@@ -61,7 +68,11 @@ print(*project["dependencies"], sep="\n")
 if any(pathlib.Path(sys.argv[1]).glob("transformer_engine_torch-*")):
     print("transformer-engine[pytorch]")' "$wheels")
     "$python" -m pip install --quiet --disable-pip-version-check --no-index \
-        --find-links "$wheels" "${packages[@]}" >&2
+        --find-links "$wheels" "${packages[@]}" >&2 || {
+        printf 'error: --wheels %s: pip cannot install what pyproject.toml names from it\n' \
+            "$wheels" >&2
+        exit 2
+    }
 }
 
 python=""

@@ -63,19 +63,22 @@ def test_it_starts_where_all_is_installed(machines: Machines, preset: str) -> No
     assert (args["recompute_granularity"] == "full") == (preset != "nano")
 
 
-@pytest.mark.parametrize("preset", first(1, RANKS))
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", RANKS)
 def test_it_is_refused_by_name_without_deep_ep(machines: Machines, preset: str) -> None:
     told = parsed(machines, "both", preset)
     assert isinstance(told, str)
     assert told.startswith("--moe-token-dispatcher-type: DeepEP is not installed; leave it out")
 
 
+@pytest.mark.slow
 def test_cuda_graphs_stay_refused(machines: Machines) -> None:
     told = parsed(machines, "all", "nano", "--cuda-graph-impl", "local")
     assert "--cuda-graph-impl" in told
     assert "replay a layer with the documents of another" in told
 
 
+@pytest.mark.slow
 def test_its_model_is_that_of_the_usual_dispatcher(machines: Machines) -> None:
     """The dispatcher of DeepEP is made as megatron-core makes it."""
     plain = ("--expert-model-parallel-size", "8", "--transformer-impl", "local")

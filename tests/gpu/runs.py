@@ -75,7 +75,6 @@ class Runs:
             "tokenizer-type": "NullTokenizer",
             "train-data-path": self.folder / "data",
             "valid-data-path": self.folder / "data",
-            "data-cache-path": self.folder / "cache",
             "lr-warmup-iters": 2,
             "eval-iters": 1,
             "eval-interval": 100000,

@@ -62,7 +62,18 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subject", ["attention", "experts", "loss", "saves", "speed"])
+def test_a_folder_without_wheels_is_refused(tmp_path: Path) -> None:
+    script = ROOT / "tests/run_gpu.sh"
+    (tmp_path / "empty").mkdir()
+    for folder, told in (("none", "no such folder"), ("empty", "it holds no wheels")):
+        words = ["bash", str(script), "--wheels", str(tmp_path / folder)]
+        answer = subprocess.run(words, capture_output=True, text=True)
+        assert answer.returncode == 2
+        assert answer.stderr == f"error: --wheels {tmp_path / folder}: {told}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", ["attention", "saves"])
 def test_a_subject_at_toy_size(tmp_path: Path, subject: str) -> None:
     code, rows, told = suite(tmp_path, "--toy", subject)
     assert code == 0, told
