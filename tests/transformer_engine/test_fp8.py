@@ -151,8 +151,7 @@ def train(
             "--use-distributed-optimizer",
         ),
         *("--tensorboard-dir", str(run / "log")),
-        # What it would save is not loaded again, and so refused.
-        *(() if "fp8-delayed" in more else ("--save", str(run), "--save-interval", "2")),
+        *("--save", str(run), "--save-interval", "2"),
         *more,
     )
     assert ranks.run(run_trainer, argv, world_size=world_size) == [0] * world_size
@@ -208,8 +207,20 @@ def test_a_resumed_run_is_the_same(
     assert equal(*ends) == []
 
 
+def test_delayed_scales_start_anew(te_ranks: RankPools, data: Path, tmp_path: Path) -> None:
+    """A checkpoint has none of them: a resumed run is near the one that was not stopped."""
+    whole = train(te_ranks, data, tmp_path / "whole", *fp8("fp8-delayed"))
+    parts = tmp_path / "parts"
+    first = train(te_ranks, data, parts, *fp8("fp8-delayed"), "--exit-interval", "2")
+    assert first == {step: whole[step] for step in (1, 2)}
+    resumed = train(te_ranks, data, parts, *fp8("fp8-delayed"), "--load", str(parts))
+    assert resumed.keys() == whole.keys()
+    for step, loss in whole.items():
+        assert resumed[step] == pytest.approx(loss, abs=0.02), step
+
+
 @pytest.mark.parametrize("way", ["to bf16", "to portable", "from bf16", "from portable"])
-@pytest.mark.parametrize("recipe", STATELESS)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_checkpoint_of_another_precision_loads(
     ranks: RankPools, te_ranks: RankPools, data: Path, tmp_path: Path, recipe: str, way: str
 ) -> None:
