@@ -308,12 +308,6 @@ PRECISION_REFUSALS: tuple[Refusal, ...] = (
         f"their scales; leave it out, or use {RECOMMENDED}",
     ),
     Refusal(
-        "delayed-pipeline",
-        lambda a: a.precision == "fp8-delayed" and a.pipeline_model_parallel_size > 1,
-        "{--pipeline-model-parallel-size=}: how stages share the scales of {--precision=} is not "
-        "proved; leave it out, or use " + RECOMMENDED,
-    ),
-    Refusal(
         "delayed-recompute",
         lambda a: (
             a.precision == "fp8-delayed"
