@@ -19,6 +19,7 @@ import torch
 from megatron_trinity.arguments.checkpoints import add_checkpoint_arguments
 from megatron_trinity.arguments.cuda import CUDA_ONLY, refuse_cuda_only_arguments, set_cpu_defaults
 from megatron_trinity.arguments.data import add_data_arguments, derive_data
+from megatron_trinity.arguments.faults import add_fault_arguments
 from megatron_trinity.arguments.installed import (
     gpu_argument_defaults,
     refuse_what_is_not_installed,
@@ -62,6 +63,7 @@ SUBJECTS = (
     add_data_arguments,
     add_checkpoint_arguments,
     add_monitoring_arguments,
+    add_fault_arguments,
     add_kernel_arguments,
     add_precision_arguments,
 )

@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from megatron_trinity.arguments.checkpoints import CHECKPOINT_REFUSALS
 from megatron_trinity.arguments.data import DATA_REFUSALS
+from megatron_trinity.arguments.faults import FAULT_REFUSALS
 from megatron_trinity.arguments.kernels import KERNEL_REFUSALS
 from megatron_trinity.arguments.loss import LOSS_REFUSALS
 from megatron_trinity.arguments.model import MODEL_REFUSALS
@@ -28,6 +29,7 @@ REFUSALS: tuple[Refusal, ...] = (
     *DATA_REFUSALS,
     *ROUTER_REFUSALS,
     *MONITORING_REFUSALS,
+    *FAULT_REFUSALS,
     *OTHER_MODEL_REFUSALS,
     *KERNEL_REFUSALS,
     *PRECISION_REFUSALS,

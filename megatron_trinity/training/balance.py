@@ -33,12 +33,14 @@ class StepBalance:
         bias: `[len(layers), E]` fp32, after the update.
         sequence_losses: `[len(layers)]` fp32, sums over the sequences of the global batch, before
             the coefficient.
+        told: what was given to be summed over all ranks; None if nothing was.
     """
 
     layers: tuple[int, ...]
     counts: Tensor
     bias: Tensor
     sequence_losses: Tensor
+    told: Tensor | None = None
 
 
 def routers(model: Sequence[Any]) -> list[TrinityRouter]:
@@ -57,7 +59,11 @@ def moe_layers(args: Namespace) -> tuple[int, ...]:
 
 
 def balance_experts(
-    model: Sequence[Any], layers: Sequence[int], num_experts: int, applied: bool
+    model: Sequence[Any],
+    layers: Sequence[int],
+    num_experts: int,
+    applied: bool,
+    told: Tensor | None = None,
 ) -> StepBalance:
     """Count the step's tokens over all ranks, and move the biases if the step was applied.
 
@@ -67,6 +73,7 @@ def balance_experts(
     Args:
         layers: `moe_layers` of the model.
         num_experts: E.
+        told: `[any]` int64, summed over all ranks in the same exchange.
     """
     device = torch.cuda.current_device()
     local = {router.layer_number: router for router in routers(model)}
@@ -75,25 +82,33 @@ def balance_experts(
     blank = partial(torch.zeros, device=device)
     counts = _in_order(counted, layers, partial(blank, num_experts, dtype=torch.int64))
     losses = _in_order(lost, layers, partial(blank, ()))
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    summed = counts if told is None else torch.cat([counts.flatten(), told])
     if local:
         torch._foreach_zero_([*counted.values(), *lost.values()])
         # Every rank that has routed tokens of these layers: tensor (its parts of the sequence),
         # context and data parallel; expert parallelism divides the same ranks otherwise.
         group = next(iter(local.values())).tp_dp_cp_group
-        dist.all_reduce(counts, group=group)
+        dist.all_reduce(summed, group=group)
         dist.all_reduce(losses, group=group)
         if applied:
+            counts = summed[: counts.numel()].view(counts.shape)
             here = [number in local for number in layers]
             # A list of numbers would be copied to the device, and waited for.
             of_local = counts if all(here) else torch.stack(list(compress(counts, here)))
             balance([local[number] for number in layers if number in local], of_local)
+    elif told is not None:  # a stage without experts has ranks that were told something, too
+        of_stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        dist.all_reduce(summed, group=of_stage)
     moved = {number: router.expert_bias for number, router in local.items()}
     bias = _in_order(moved, layers, partial(blank, num_experts))
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
     if pipeline.size() > 1:
-        for tensor in (counts, bias, losses):
+        for tensor in (summed, bias, losses):
             dist.all_reduce(tensor, group=pipeline)
-    return StepBalance(tuple(layers), counts, bias, losses)
+    if told is not None:
+        told = summed[counts.numel() :]
+    counts = summed[: counts.numel()].view(counts.shape) if told is not None else summed
+    return StepBalance(tuple(layers), counts, bias, losses, told)
 
 
 def _in_order(

@@ -21,7 +21,8 @@ from megatron_trinity.checkpoint.iterations import (
     mark_interrupted,
     number_of,
 )
-from megatron_trinity.checkpoint.torch_dist.read import TorchDistTensors
+from megatron_trinity.checkpoint.rank_files.checkpoint import RankCheckpoint, rank_files
+from megatron_trinity.checkpoint.torch_dist.read import TorchDistCheckpoint, TorchDistTensors
 from megatron_trinity.checkpoint.whole.candidates import discard, superfluous, sweep
 from megatron_trinity.checkpoint.whole.hold import Hold
 from megatron_trinity.checkpoint.whole.manifest import faults, read_manifest, write_manifest
@@ -30,7 +31,8 @@ from megatron_trinity.errors import StepError, TrinityError
 from megatron_trinity.training.data_given import given_values
 from megatron_trinity.training.finite import nonfinite_value
 from megatron_trinity.training.load_paths import goes_on_in_save
-from megatron_trinity.training.resume import candidates, refuse_skipped, unusable
+from megatron_trinity.training.resume import candidates, refuse_skipped, start_of, unusable
+from megatron_trinity.training.spikes import HISTORY
 from megatron_trinity.upstream.checkpoint_failures import REMEDY, what_failed
 from megatron_trinity.upstream.checkpoint_sums import take_sums
 from megatron_trinity.upstream.checkpoint_tracker import TRACKER, named_by, replacing
@@ -162,6 +164,9 @@ class WholeCheckpoints:
                 f"{found} is not finite in {directory}, so no training can go on from it; move it "
                 "away to start from the one before, or name one with --ckpt-step"
             )
+        if self._args.spike_factor and start_of(self._args, directory):
+            kind = RankCheckpoint if rank_files(directory) else TorchDistCheckpoint
+            setattr(self._args, HISTORY, getattr(kind(directory).args, HISTORY, {}))
 
     def _fault(self, path: Path) -> str | None:
         """What is wrong with an iteration, the same on every rank; each reads its share."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any
@@ -32,9 +32,12 @@ from megatron_trinity.training.data_given import (
 )
 from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.host import on_host
+from megatron_trinity.training.leaving import Leaving
 from megatron_trinity.training.metrics import StepMetrics
 from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
+from megatron_trinity.training.spikes import LOSS, NORM, Spikes, on_all_stages
 from megatron_trinity.training.step_guard import StepGuard
+from megatron_trinity.training.watch import Watch
 from megatron_trinity.upstream.training_hooks import StepOutcome
 from megatron_trinity.upstream.validation_samples import EvaluatedSet
 
@@ -54,18 +57,23 @@ class StepObserver:
         flops: StepFlops,
         held: Hold | None = None,
         data: RunData | None = None,
+        leaving: Leaving | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """`record` is what the loss function writes to, `flops` what the loop asks.
 
         `held` is `--save` on rank 0: a run that has lost it ends with the next step. `data` is what
-        the run reads.
+        the run reads. `leaving` hears behind each step whether a rank was told to stop; `watch` is
+        told of each step.
         """
+        self._leaving, self._watch = leaving, watch
         self._held = held
         self._data = data
         self._args = args
         self._record = record
         self._flops = flops
         self._guard = StepGuard(args)
+        self._spikes = Spikes(args)
         per_gpu = (lambda: flops.newest / args.world_size) if args.log_throughput else None
         self._speed = StepMetrics(flops_per_gpu=per_gpu)
         self._alarms = Alarms(args.alarm_window)
@@ -73,6 +81,14 @@ class StepObserver:
         self._sequence_loss: dict[str, float] = {}
         self._interval: list[Mapping[str, float]] = []
         self._rates: Mapping[str, float] = {}
+
+    def step_begins(self, iteration: int, optimizer: Any) -> None:
+        """Tell those who watch."""
+        self._spikes.begins(optimizer)
+        if self._leaving is not None:
+            self._leaving.step_begins()
+        if self._watch is not None:
+            self._watch.step_begins(iteration)
 
     def step_restarted(self, model: Sequence[Any]) -> None:
         """Forget what the first try has counted."""
@@ -88,14 +104,21 @@ class StepObserver:
         """
         if self._held is not None:
             self._held.check(look=False)
+        if self._watch is not None:
+            self._watch.step_ends()
         self._rates = other_rates(optimizer.param_groups)
         self._losses = {}
         if self._guard.drops(model, outcome):
             self._forget(model)
             return
         layers = moe_layers(self._args)
-        balance = balance_experts(model, layers, self._args.num_experts, outcome.applied)
+        told = None if self._leaving is None else self._leaving.told()
+        balance = balance_experts(model, layers, self._args.num_experts, outcome.applied, told)
         metrics, values = self._read(balance, outcome)
+        if self._args.spike_factor and outcome.norm is not None:
+            loss = on_all_stages(self._losses.get(LOSS))
+            judged = {LOSS: loss, NORM: float(outcome.norm)}
+            self._spikes.ends(self._iteration, judged, outcome.applied)
         by_number = by_layer(metrics, layers)
         values |= summary(metrics)
         self._interval.append(values)
@@ -116,6 +139,16 @@ class StepObserver:
             print_rank_last(balance_line(self._iteration, self._interval, self._rates))
             self._interval.clear()
             self._tell_data()
+
+    def ends_evaluation(self) -> bool:
+        """Behind a batch of an evaluation: whether the run leaves, and this one with it."""
+        if self._watch is not None:
+            self._watch.alive()
+        return self._leaving is not None and self._leaving.ask()
+
+    def leaves(self, iteration: int, saved: bool, save: Callable[[], None]) -> bool:
+        """Whether the run leaves behind this step; it has saved then."""
+        return self._leaving is not None and self._leaving.leaves(iteration, saved, save)
 
     def evaluated(self, losses: Mapping[str, Tensor], of_set: EvaluatedSet) -> None:
         """Say what the loss means a token and a byte; refuse one that says nothing.
@@ -166,11 +199,14 @@ class StepObserver:
             [
                 balance.counts,
                 balance.bias,
+                *(() if balance.told is None else (balance.told,)),
                 *outcome.losses.values(),
                 *(() if totals is None else (totals,)),
                 *lost,
             ]
         )
+        if self._leaving is not None:
+            self._leaving.heard(read.pop(0).tolist())
         metrics = load_metrics(counts, bias)
         losses = zip(outcome.losses, read, strict=False)
         self._losses = {name: float(value) for name, value in losses}

@@ -133,10 +133,7 @@ SAME_ANSWER = """
 --train-sync-interval 1
 --exit-interval 2
 --exit-duration-in-mins 60
---exit-signal-handler
---exit-signal SIGUSR2 ; and --exit-signal-handler
---exit-signal-handler-for-dataloader
---exit-signal-handler-for-training
+--exit-signal SIGUSR2
 --manual-gc
 --manual-gc-interval 1 ; and --manual-gc
 --no-manual-gc-eval

@@ -56,6 +56,9 @@ REFUSED: dict[str, str] = {
         --moe-enable-routing-replay""",
     "it is for benchmarks of other routers": """
         --moe-router-force-load-balancing --moe-router-force-biased""",
+    "SIGTERM, SIGUSR1 and SIGINT save and end a run by default": """
+        --exit-signal-handler --exit-signal-handler-for-training
+        --exit-signal-handler-for-dataloader""",
     "experts start from their own initial weights": """
         --moe-use-upcycling --moe-upcycling-granularity""",
     "initial weights are the report's, truncated normal by --init-method-std, and the embedding is"

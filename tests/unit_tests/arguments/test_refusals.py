@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from argparse import Namespace
 from typing import Any
@@ -183,8 +184,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"muon_momentum": 1.0},
         {"muon_momentum": float("nan")},
     ],
+    "param-gather": [
+        {"overlap_param_gather": True, "use_distributed_optimizer": True},
+        {"overlap_param_gather": True, "overlap_grad_reduce": True},
+    ],
+    "buckets": [{"ddp_bucket_size": 1000, "ddp_num_buckets": 2}],
     "muon-overlap": [
-        {"overlap_param_gather": True},
         {"overlap_param_gather_with_optimizer_step": True},
         {"optimizer_cpu_offload": True},
         {"optimizer_cuda_graph": True},
@@ -270,6 +275,20 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "loss-chunk": [{"loss_chunk_size": -1}],
     "alarm-window": [{"alarm_window": 16}, {"alarm_window": 30}],
+    "exit-within": [{"exit_within": 0.0}, {"exit_within": math.nan}],
+    "hang-minutes": [{"hang_minutes": -1.0}],
+    "exit-signal-handler": [
+        {"exit_signal_handler": True},
+        {"exit_signal_handler_for_training": True},
+        {"exit_signal_handler_for_dataloader": True},
+    ],
+    "spike-factor": [{"spike_factor": 1.0}, {"spike_factor": -2.0}],
+    "spike-action": [{"spike_action": "skip"}],
+    "spike-rewind": [
+        {"spike_action": "rewind", "spike_factor": 3.0, "save": "a", "save_interval": 1}
+    ],
+    "spike-window": [{"spike_window": 3}],
+    "spike-skips": [{"spike_skips": 0}],
     "skip-nonfinite-steps": [{"skip_nonfinite_steps": -1}],
     "wandb-unused": [{"wandb_exp_name": "a"}, {"wandb_save_dir": "a"}, {"wandb_entity": "a"}],
     "wandb-name": [{"wandb_project": "a", "wandb_save_dir": "b"}],
