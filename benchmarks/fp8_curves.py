@@ -65,7 +65,7 @@ class Plan:
             "--train-iters": self.steps,
             "--lr-warmup-iters": self.steps // 10,
             "--lr-wsd-decay-iters": self.steps * 9 // 20,
-            "--eval-iters": 8,
+            "--eval-iters": min(8, self.steps // 10),
             "--eval-global-batch-size": 16,
             "--log-interval": 1,
             "--tensorboard-dir": self.run_dir(precision) / "tensorboard",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,6 +137,15 @@ def tune_precision(args: Namespace) -> None:
     for name, standard in TUNING.items():
         if getattr(args, name) is None:
             setattr(args, name, tunes.get(name, standard))
+
+
+def precision_notes(args: Namespace) -> Iterator[str]:
+    """What of a run's precision is not in its checkpoints."""
+    if args.precision == "fp8-delayed" and (args.save or args.load):
+        yield (
+            "precision: fp8-delayed saves no scales; a run that goes on from a checkpoint starts "
+            "them anew, and its losses are near those of one that was not stopped, not the same"
+        )
 
 
 def refuse_precision_of_machine(
@@ -299,16 +308,10 @@ PRECISION_REFUSALS: tuple[Refusal, ...] = (
         f"their scales; leave it out, or use {RECOMMENDED}",
     ),
     Refusal(
-        "delayed-save",
-        lambda a: a.precision == "fp8-delayed" and a.save is not None,
-        "{--save}: with {--precision=} a checkpoint has histories that Transformer Engine pickles "
-        "and does not load again, whatever the precision; leave it out, or use " + RECOMMENDED,
-    ),
-    Refusal(
         "delayed-pipeline",
         lambda a: a.precision == "fp8-delayed" and a.pipeline_model_parallel_size > 1,
-        "{--pipeline-model-parallel-size=}: how stages share the scales of {--precision=} is not "
-        "proved; leave it out, or use " + RECOMMENDED,
+        "{--pipeline-model-parallel-size=}: with {--precision=} a stage can wait for ever at the "
+        "end of a pass, where the largest values are exchanged; leave it out, or use " + RECOMMENDED,
     ),
     Refusal(
         "delayed-recompute",

@@ -9,6 +9,7 @@ import pytest
 from megatron_trinity.arguments.precision import (
     PRECISIONS,
     derive_precision,
+    precision_notes,
     refuse_precision_of_machine,
     tune_precision,
 )
@@ -115,3 +116,15 @@ def test_two_precisions_are_one_too_many() -> None:
     for precision in PRECISIONS:
         with pytest.raises(UsageError, match=f"--fp16 and --precision {precision} are two"):
             derive_precision(arguments(precision, fp16=True))
+
+
+def test_scales_that_no_checkpoint_has_are_told() -> None:
+    nothing: dict[str, object] = {"save": None, "load": None}
+    told = [
+        list(precision_notes(arguments(precision, **{**nothing, **given})))
+        for precision in ("fp8-delayed", "fp8-blockwise")
+        for given in ({}, {"save": "run"}, {"load": "run"})
+    ]
+    assert [len(lines) for lines in told] == [0, 1, 1, 0, 0, 0]
+    assert told[1] == told[2]
+    assert "\n" not in told[1][0]

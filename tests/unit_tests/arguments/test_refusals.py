@@ -380,7 +380,6 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "delayed-layers-in-bf16": [
         {**FP8, "precision": "fp8-delayed", "first_last_layers_bf16": True},
     ],
-    "delayed-save": [{**FP8, "precision": "fp8-delayed", "save": "run"}],
     "delayed-pipeline": [
         {
             **FP8,
