@@ -13,6 +13,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.training import pretrain as megatron_pretrain
 from megatron.training.utils import print_rank_0
 
+from megatron_trinity.arguments.data import data_notes
 from megatron_trinity.arguments.machine import machine_notes
 from megatron_trinity.arguments.parse import parse_arguments
 from megatron_trinity.arguments.stages import stage_notes
@@ -48,7 +49,7 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
     """
     args = parse_arguments(argv)
     check_launch()
-    for note in machine_notes(args):
+    for note in (*machine_notes(args), *data_notes(args)):
         print_rank_0(note)
     for note in stage_notes(args):
         print_rank_0(f"WARNING: {note}")
