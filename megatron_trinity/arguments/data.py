@@ -81,6 +81,16 @@ def derive_data(args: Namespace) -> None:
         )
 
 
+def data_notes(args: Namespace) -> list[str]:
+    """What a run is to say of its loaders, a line each."""
+    if not args.dali or not args.num_workers:
+        return []
+    return [
+        "NVIDIA DALI has no workers: it hands on the training data without them, and the "
+        f"--num-workers {args.num_workers} are those of validation alone"
+    ]
+
+
 def dali_is_installed() -> bool:
     try:
         return find_spec("nvidia.dali") is not None

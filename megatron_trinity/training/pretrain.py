@@ -16,6 +16,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.training import pretrain as megatron_pretrain
 from megatron.training.utils import print_rank_0
 
+from megatron_trinity.arguments.data import data_notes
 from megatron_trinity.arguments.machine import machine_notes
 from megatron_trinity.arguments.parse import parse_arguments
 from megatron_trinity.arguments.stages import stage_notes
@@ -65,7 +66,7 @@ def _pretrain(argv: Sequence[str] | None, stop: Stop) -> None:
     stop.within = args.exit_within
     stop.also(args.exit_signal)
     check_launch()
-    for note in machine_notes(args):
+    for note in (*machine_notes(args), *data_notes(args)):
         print_rank_0(note)
     for note in stage_notes(args):
         print_rank_0(f"WARNING: {note}")

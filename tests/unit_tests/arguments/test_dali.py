@@ -28,3 +28,10 @@ def test_what_is_refused(
     monkeypatch.setattr(data, "dali_is_installed", lambda: installed)
     with pytest.raises(UsageError, match=says):
         data.derive_data(Namespace(dataloader_type="dali", mock_data=mock))
+
+
+@pytest.mark.parametrize(("dali", "workers", "lines"), [(True, 2, 1), (True, 0, 0), (False, 2, 0)])
+def test_workers_that_dali_has_not_are_told(dali: bool, workers: int, lines: int) -> None:
+    notes = data.data_notes(Namespace(dali=dali, num_workers=workers))
+    assert len(notes) == lines
+    assert all("--num-workers 2" in note for note in notes)
