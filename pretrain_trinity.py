@@ -5,13 +5,16 @@ from megatron_trinity.errors import run_command
 
 
 def main() -> None:
-    from megatron_trinity.upstream import adapt_megatron
+    from megatron_trinity.training.stop import stopping
 
-    adapt_megatron()  # before anything imports megatron.training
+    with stopping():  # imports take seconds, and a signal may come in them
+        from megatron_trinity.upstream import adapt_megatron
 
-    from megatron_trinity.training.pretrain import pretrain
+        adapt_megatron()  # before anything imports megatron.training
 
-    pretrain()
+        from megatron_trinity.training.pretrain import pretrain
+
+        pretrain()
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Plan:
         options = {
             "--preset": "tiny",
             "--load-balancing": rule,
-            **data_flags(self.data, cache=self.output / "cache"),
+            **data_flags(self.data),
             "--global-batch-size": self.global_batch,
             "--train-iters": self.steps,
             "--lr-warmup-iters": min(20, self.steps // 4),

@@ -79,8 +79,10 @@ class Result:
 
 def flags(arguments: Namespace, scratch: Path) -> list[str]:
     """The trainer's command line."""
-    from megatron_trinity.model.loss import LOGITS_AT_ONCE
+    from megatron_trinity.model.loss import chunk_length
 
+    # 4 bytes a logit: in bf16, with the kernels of a GPU.
+    chunk = chunk_length(NANO["seq-length"], NANO["vocab-size"], None, 4)
     options = {
         "--preset": "nano",
         **{f"--{name}": size // arguments.scale for name, size in NANO.items()},
@@ -95,7 +97,7 @@ def flags(arguments: Namespace, scratch: Path) -> list[str]:
         "--log-interval": WARM_UP + 2,
         "--tensorboard-dir": scratch,
         # As many chunks as nano has.
-        "--loss-chunk-size": LOGITS_AT_ONCE // NANO["vocab-size"] // arguments.scale,
+        "--loss-chunk-size": chunk // arguments.scale,
     }
     words = [str(word) for pair in options.items() for word in pair]
     return [*words, "--mock-data", "--use-distributed-optimizer"]
@@ -191,7 +193,7 @@ class Side:
             self._scheduler,
             self._config,
             self._schedule,
-            args.curr_iteration,
+            iteration=args.curr_iteration,
         )
         rate = self._optimizer.param_groups[0]["lr"]
         training.training_log(

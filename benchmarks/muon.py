@@ -175,7 +175,7 @@ def ours(case: Case, found: Parameters, precision: str) -> Step:
 
     def step() -> None:
         with torch.no_grad():
-            muon.accumulate(units)
+            muon.accumulate([u.state[BUFFER] for u in units], [u.gradient for u in units])
             muon.update({"hidden": (LR, DECAY)})
 
     return step

@@ -120,7 +120,7 @@ class Ours:
             self._scheduler,
             self._config,
             self._schedule,
-            self.args.curr_iteration,
+            iteration=self.args.curr_iteration,
         )
         self.args.curr_iteration += 1
         return float(losses["lm loss"])

@@ -84,7 +84,7 @@ def flags(arguments: Namespace, scratch: Path) -> list[str]:
     options = {
         "--preset": "tiny",
         "--global-batch-size": 8 if arguments.quick else 32,
-        **data_flags(arguments.data, cache=scratch / "cache"),
+        **data_flags(arguments.data),
         # One more than is measured: the first step's beginning is not seen.
         "--train-iters": 2 * (arguments.pairs + WARM_UP) + 1,
         "--lr-warmup-iters": 2,

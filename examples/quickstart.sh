@@ -41,7 +41,6 @@ DATA_ARGS=(
     --tokenizer-model "$run/tokenizer"
     --train-data-path "$run/data_train"
     --valid-data-path "$run/data_valid"
-    --data-cache-path "$run/cache"
     --num-workers 0
 )
 TRAINING_ARGS=(

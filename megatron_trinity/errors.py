@@ -12,17 +12,20 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
+from megatron_trinity.exits import BAD_STEP, FAILED, NOBODY_READS, REWIND, USAGE
+
 TRACEBACK = "MEGATRON_TRINITY_TRACEBACK"
 """Environment variable that, if set, shows the traceback behind an error; for developers."""
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable in which torchrun names a file; its report ends with what stands there."""
 
-NOBODY_READS = 141
-"""Exit code of a command whose output is read no longer, as of one that SIGPIPE has ended."""
-
 RANK_0_FIRST = 5.0
 """Seconds that a rank leaves to the one that has met the cause, for an error of all: rank 0."""
+
+
+OF_THIS_RANK = "of_this_rank"
+"""Attribute of an error that is known not to come from the end of another rank."""
 
 
 class TrinityError(Exception):
@@ -31,19 +34,47 @@ class TrinityError(Exception):
     The message is one line: what is wrong, where, and what to do about it.
     """
 
-    exit_code = 1
+    exit_code = FAILED
 
 
 class UsageError(TrinityError):
     """The command line, a preset or the launch does not make sense as given."""
 
-    exit_code = 2
+    exit_code = USAGE
 
 
 class StepError(TrinityError):
     """A training step has a result that must not be applied, such as NaN."""
 
-    exit_code = 3
+    exit_code = BAD_STEP
+
+
+class Stopped(Exception):
+    """A run leaves since it was told to, or since a rank is gone.
+
+    Args:
+        line: is told once a launch; "" for nothing.
+        exit_code: the same on every rank.
+        by_any: whether this rank is the one that tells it; else rank 0 is.
+    """
+
+    def __init__(self, line: str, exit_code: int, by_any: bool = False) -> None:
+        super().__init__(line)
+        self.exit_code, self.by_any = exit_code, by_any
+
+
+class SpikeError(StepError):
+    """A run ends at a spike, and its next start leaves the data out that led there."""
+
+    exit_code = REWIND
+
+
+class DataError(TrinityError):
+    """Something in the data, met by a process that reads it ahead."""
+
+    def __init__(self, message: str) -> None:
+        """torch hands over an error of a worker with the worker's traceback before the message."""
+        super().__init__(message.strip().splitlines()[-1].split(f"{type(self).__name__}: ")[-1])
 
 
 def root_cause(error: BaseException) -> str:
@@ -109,6 +140,10 @@ def _run(main: Callable[[], None]) -> int:
             traceback.print_exc()
         report_error(error)
         return error.exit_code
+    except Stopped as stopped:
+        if str(stopped) and (stopped.by_any or os.environ.get("RANK", "0") == "0"):
+            print(stopped, file=sys.stderr, flush=True)
+        return stopped.exit_code
     except KeyboardInterrupt:
         return 130
     except SystemExit as done:
@@ -122,7 +157,7 @@ def _run(main: Callable[[], None]) -> int:
             return NOBODY_READS
         # Where another rank is gone this one fails as well, with a traceback that says nothing of
         # the cause. By then the launcher knows of the other, and ends this rank before it speaks.
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if os.environ.get("WORLD_SIZE", "1") != "1" and not hasattr(error, OF_THIS_RANK):
             time.sleep(RANK_0_FIRST)
         raise
     return 0

@@ -8,7 +8,8 @@
 # (editable), and its `python` is first on PATH. A second call only compares a stamp.
 # `prepare_vllm "$root"` makes $root/.venv-vllm from requirements/vllm.txt, `prepare_clients "$root"`
 # $root/.venv-clients from requirements/clients.txt, `prepare_te "$root"` $root/.venv-te from
-# requirements/te.txt; they leave PATH alone.
+# requirements/te.txt, `prepare_dali "$root"` $root/.venv-dali from requirements/dali.txt; they
+# leave PATH alone.
 #
 # Needs bash, coreutils and flock (util-linux). PYTHON names the interpreter to build with; without
 # it an existing environment keeps the interpreter it has.
@@ -222,4 +223,9 @@ prepare_clients() {
 # For tests/transformer_engine: a few packages on top of .venv, for the interpreter that it has.
 prepare_te() {
     PYTHON=$1/.venv/bin/python _environment_make "$1" .venv-te requirements/te.txt
+}
+
+# For tests/dali, in the same way.
+prepare_dali() {
+    PYTHON=$1/.venv/bin/python _environment_make "$1" .venv-dali requirements/dali.txt
 }

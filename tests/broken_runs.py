@@ -42,7 +42,7 @@ def flags_of(folder: Path, run: Path, *flags: str) -> list[str]:
         folder / "data",
         *("--save", str(run), "--load", str(run), "--save-interval", "1", "--optimizer", "adam"),
         *("--lr-decay-iters", "9", "--train-iters", str(STEPS)),
-        *("--data-cache-path", str(folder / "cache"), *flags),
+        *flags,
     )
 
 

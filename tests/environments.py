@@ -17,3 +17,10 @@ def prepared(request: pytest.FixtureRequest, name: str) -> Path:
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         subprocess.run(["bash", "-c", command, "bash", ROOT], check=True, stdin=subprocess.DEVNULL)
     return ROOT / f".venv-{name}/bin/python"
+
+
+def packages(python: Path) -> Path:
+    """The folder of the packages of an interpreter."""
+    command = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    answer = subprocess.run([python, "-c", command], check=True, capture_output=True, text=True)
+    return Path(answer.stdout.strip())

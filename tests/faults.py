@@ -18,9 +18,10 @@ from tests.broken_runs import Outcome, train
 @dataclass(frozen=True)
 class Fault:
     """Attributes:
-    where: `attention` of layer 2 gives NaN; `gradient` of layer 3's router is infinite; `loss` is
-        infinite, with finite gradients; `update` leaves NaN in a weight; `persistent` and
-        `transient` are errors that Megatron's rerun machine is made to see.
+    where: `attention` of layer 2 gives NaN; `gradient` of layer 3's router is infinite, with
+        `spike` it is large; `loss` is infinite, with finite gradients; `update` leaves NaN in a
+        weight; `persistent` and `transient` are errors that Megatron's rerun machine is made to
+        see.
     iterations: in which it happens.
     rank: of the world, on which it happens.
     """
@@ -83,6 +84,14 @@ def _gradient(model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _spike(model: Any) -> Iterator[None]:
+    weight = next(model.decoder.layers[-1].parameters())
+    handle = weight.register_hook(lambda gradient: gradient + 1e6)
+    yield
+    handle.remove()
+
+
+@contextmanager
 def _loss(model: Any) -> Iterator[None]:
     def infinite(*call: Any) -> Tensor:
         added = torch.zeros_like(call[-1])
@@ -114,6 +123,7 @@ def _injected(kind: str, model: Any) -> Iterator[None]:
 FAULTS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
     "attention": _attention,
     "gradient": _gradient,
+    "spike": _spike,
     "loss": _loss,
     "update": nullcontext,  # done behind the step
     "persistent": partial(_injected, "persistent_error"),

@@ -86,10 +86,30 @@ def build_optimizer(flags: Sequence[str], weights: Mapping[str, Tensor]) -> tupl
     optimizer_config, _ = get_megatron_optimizer_config(args)
     optimizer_config.timers = None
     groups = groups_from_args(args)
-    optimizer = TrinityOptimizer(optimizer_config, [model], groups)
+    wrapped = wrap(args, model, groups) if args.use_layer_wise_distributed_optimizer else model
+    optimizer = TrinityOptimizer(optimizer_config, [wrapped], groups)
     for group in optimizer.param_groups:
         group["lr"] = group["max_lr"]
     return model, optimizer
+
+
+def wrap(args: Any, model: Any, groups: Any, **ddp: Any) -> Any:
+    """A model in Megatron's DDP with the layout of Muon, as training has it."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from megatron_trinity.optimizer.layout import mark_parameters, parameter_layout
+    from megatron_trinity.optimizer.ranks import data_parallel
+
+    mark_parameters(groups, [model])
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        num_distributed_optimizer_instances=args.num_distributed_optimizer_instances,
+        **ddp,
+    )
+    sizes = [data_parallel(experts, sharded=True).size for experts in (False, True)]
+    layout = parameter_layout(list(model.parameters()), None, sizes[0], config, sizes[1])
+    return DistributedDataParallel(model.config, config, model, full_param_layout=layout)
 
 
 def build_adam(flags: Sequence[str], weights: Mapping[str, Tensor]) -> tuple[Any, Any]:

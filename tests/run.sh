@@ -4,6 +4,7 @@
 # Those with vLLM, in an environment of their own that they make:    bash tests/run.sh -m vllm
 # Those with other clients, in one more:                             bash tests/run.sh -m clients
 # Those with Transformer Engine's Python modules, in a small one:    bash tests/run.sh -m te
+# Those with NVIDIA DALI, in one more:                               bash tests/run.sh -m dali
 # Every check runs even when an earlier one failed; the exit code is the first failure's.
 set -euo pipefail
 
@@ -16,9 +17,9 @@ cd "$root"
 # Ranks are processes: one thread each, or eight of them fight over a laptop's cores.
 export OMP_NUM_THREADS=1
 
-tests="not gpu and not vllm and not clients and not te and not slow"
+tests="not gpu and not vllm and not clients and not te and not dali and not slow"
 if [[ ${1:-} == --all ]]; then
-    tests="not gpu and not vllm and not clients and not te"
+    tests="not gpu and not vllm and not clients and not te and not dali"
     shift
 fi
 
@@ -43,6 +44,7 @@ check() {
 check "ruff check" python -m ruff check .
 check "ruff format" python -m ruff format --check .
 check "mypy" python -m mypy
+check "shellcheck" shellcheck -x scripts/*.sh examples/*.sh examples/*/*.sh examples/*/*.sbatch tests/*.sh
 # pytest keeps the last -m and -n, so one among the arguments replaces these (-n 0: no workers).
 check "pytest" python -m pytest -m "$tests" -n "$workers" --dist loadfile --durations=10 "$@"
 

@@ -65,6 +65,7 @@ def training_flags(data: Path, *flags: str) -> list[str]:
 
 def run_trainer(rank: int, world_size: int, flags: Sequence[str]) -> int:
     """Train in this process; returns the exit code."""
+    from megatron_trinity.errors import Stopped
     from megatron_trinity.training.pretrain import pretrain
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -72,6 +73,8 @@ def run_trainer(rank: int, world_size: int, flags: Sequence[str]) -> int:
         pretrain(flags)
     except SystemExit as exit_:
         return int(exit_.code or 0)
+    except Stopped as stopped:
+        return stopped.exit_code
     return 0
 
 

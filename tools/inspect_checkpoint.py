@@ -131,6 +131,10 @@ def print_inspection(inspection: Inspection, checksums: bool) -> None:
         for dtype, size in dtypes.items()
     ]
     print_table("bytes", ("", "", "bytes"), [*rows, ("rest", "", inspection.rest_bytes)])
+    extra = inspection.extra_states
+    print_table("object", ("",), [(key,) for key in extra[:LISTED]])
+    if len(extra) > LISTED:
+        print_table("object", ("", "objects"), [("more", len(extra) - LISTED)])
     print_table("fault", ("",), [(fault,) for fault in inspection.faults])
     print_table("training cannot load it", ("",), [(line,) for line in inspection.unreadable])
     if inspection.is_whole:

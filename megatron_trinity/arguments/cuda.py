@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from megatron_trinity.arguments.precision import FP8_WORDS
 from megatron_trinity.arguments.refusal import told, word_of
 from megatron_trinity.errors import UsageError
 
@@ -46,10 +47,7 @@ _LEAVE_OUT = "leave it out"
 CUDA_ONLY: tuple[CudaOnly, ...] = (
     CudaOnly("distributed_backend", "--distributed-backend", _is_not("gloo"), "use gloo"),
     CudaOnly("transformer_impl", "--transformer-impl", _is_not("local"), "use local"),
-    CudaOnly("fp8", "--fp8-format", _is_not(None), "use {--bf16} or fp32"),
-    CudaOnly("fp4", "--fp4-format", _is_not(None), "use {--bf16} or fp32"),
-    CudaOnly("fp8_param_gather", "--fp8-param-gather", bool, _LEAVE_OUT),
-    CudaOnly("fp4_param_gather", "--fp4-param-gather", bool, _LEAVE_OUT),
+    CudaOnly("precision", "--precision", _one_of(*FP8_WORDS), "use bf16"),
     CudaOnly("te_rng_tracker", "--te-rng-tracker", bool, _LEAVE_OUT),
     CudaOnly("use_te_activation_func", "--use-te-activation-func", bool, _LEAVE_OUT),
     CudaOnly("fused_residual_rmsnorm", "--fused-residual-rmsnorm", bool, _LEAVE_OUT),

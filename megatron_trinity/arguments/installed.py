@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_trinity.arguments.cuda import CUDA_ONLY
+from megatron_trinity.arguments.precision import BF16, PRECISIONS
 from megatron_trinity.errors import UsageError
 from megatron_trinity.upstream.installed import INSTALL_TRANSFORMER_ENGINE, Installed
 
@@ -77,8 +78,8 @@ FUSIONS: tuple[Fusion, ...] = (
     Fusion(
         "gradient_accumulation_fusion",
         "the accumulation of gradients",
-        lambda i: i.wgrad_fusion,
-        "NVIDIA's Apex",
+        lambda i: i.wgrad_fusion or _te(2, 1)(i),
+        "Transformer Engine or NVIDIA's Apex",
     ),
 )
 """Those that are a default of ours where they are there; what Megatron has beside them is
@@ -86,10 +87,7 @@ refused (that of the loss) or not part of a Trinity layer (that of the masked so
 
 NEEDS: Mapping[str, Library] = {
     "--transformer-impl": TRANSFORMER_ENGINE,
-    "--fp8-format": TRANSFORMER_ENGINE,
-    "--fp4-format": TRANSFORMER_ENGINE,
-    "--fp8-param-gather": TRANSFORMER_ENGINE,
-    "--fp4-param-gather": TRANSFORMER_ENGINE,
+    "--precision": TRANSFORMER_ENGINE,  # a version for each
     "--te-rng-tracker": TRANSFORMER_ENGINE,
     "--use-te-activation-func": TRANSFORMER_ENGINE,
     "--fused-residual-rmsnorm": TRANSFORMER_ENGINE,
@@ -123,7 +121,7 @@ def refuse_what_is_not_installed(args: Namespace, installed: Installed) -> None:
     """
     missing: dict[Library, list[str]] = {}
     for rule in CUDA_ONLY:
-        library = NEEDS.get(rule.flag)
+        library = _library_of(rule.flag, args)
         if library and rule.needs_cuda(getattr(args, rule.dest)) and not library.found(installed):
             missing.setdefault(library, []).append(rule.flag)
     if missing:
@@ -134,6 +132,16 @@ def refuse_what_is_not_installed(args: Namespace, installed: Installed) -> None:
                 for library, flags in missing.items()
             )
         )
+
+
+def _library_of(flag: str, args: Namespace) -> Library | None:
+    if flag != "--precision":
+        return NEEDS.get(flag)
+    least = PRECISIONS[args.precision or BF16].transformer_engine
+    if least is None:
+        return None
+    name = f"Transformer Engine {'.'.join(map(str, least))}, which {args.precision} needs,"
+    return Library(name, _te(*least), INSTALL_TRANSFORMER_ENGINE)
 
 
 def chosen(args: Namespace, installed: Installed) -> str:

@@ -26,7 +26,7 @@ def derive_kernels(args: Namespace) -> None:
 
 OF_TRANSFORMER_ENGINE = (
     "--tp-comm-overlap --moe-grouped-gemm --use-te-activation-func --fused-residual-rmsnorm "
-    "--use-transformer-engine-op-fuser --te-precision-config-file --moe-single-grouped-weight "
+    "--use-transformer-engine-op-fuser --moe-single-grouped-weight "
     "--moe-single-grouped-bias --use-grouped-gemm-for-dense-mlp "
     "--use-grouped-gemm-for-shared-expert --fine-grained-activation-offloading "
     "--use-kitchen-attention --flash-attention-version --use-flash-attn"
@@ -41,12 +41,6 @@ def _asks_for_other_layers(args: Namespace) -> bool:
 
 
 KERNEL_REFUSALS: tuple[Refusal, ...] = (
-    Refusal(
-        "low-precision",
-        lambda a: a.fp8 or a.fp4 or a.fp8_param_gather or a.fp4_param_gather,
-        "{--fp8-format}, {--fp4-format}, {--fp8-param-gather} and {--fp4-param-gather}: what they "
-        "compute of Trinity's layers is not proved yet; use {--bf16}",
-    ),
     Refusal(
         "layers-of-others",
         lambda a: a.transformer_impl == "local" and _asks_for_other_layers(a),

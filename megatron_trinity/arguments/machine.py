@@ -11,6 +11,7 @@ import torch
 
 from megatron_trinity.arguments.environment import ORDERED_QUEUES, Setting, missing, settings
 from megatron_trinity.arguments.installed import chosen
+from megatron_trinity.arguments.precision import precision_notes
 from megatron_trinity.upstream.installed import find_installed
 
 
@@ -37,6 +38,7 @@ def machine_notes(args: Namespace) -> Iterator[str]:
         for why, wanted in groupby(_settings(args), lambda setting: setting.why):
             values = " ".join(f"{setting.name}={os.environ[setting.name]}" for setting in wanted)
             yield f"environment: {values}, for {why}"
+    yield from precision_notes(args)
 
 
 def _settings(args: Namespace) -> tuple[Setting, ...]:

@@ -17,8 +17,8 @@ LEAST: dict[str, tuple[Callable[[Any], bool], str]] = {
         """--num-layers --hidden-size --ffn-hidden-size --num-attention-heads --num-query-groups
         --num-experts --moe-ffn-hidden-size --seq-length --max-position-embeddings
         --make-vocab-size-divisible-by --micro-batch-size --log-interval
-        --tensorboard-log-interval --distributed-timeout-minutes --num-dataset-builder-threads
-        --hysteresis --dist-ckpt-workers --seed""",
+        --tensorboard-log-interval --distributed-timeout-minutes --hysteresis
+        --dist-ckpt-workers --seed""",
     ),
     "use 1 or more, or leave it out": (
         lambda number: number >= 1,
@@ -30,13 +30,12 @@ LEAST: dict[str, tuple[Callable[[Any], bool], str]] = {
         --microbatch-group-size-per-virtual-pipeline-stage --ddp-num-buckets --ddp-bucket-size
         --distributed-timeout-seconds-after-init --num-layers-per-virtual-pipeline-stage
         --num-virtual-stages-per-pipeline-rank --decoder-first-pipeline-num-layers
-        --decoder-last-pipeline-num-layers""",
+        --decoder-last-pipeline-num-layers --document-buffer-size --document-buffers""",
     ),
     "use 0 or more": (
         lambda number: number >= 0,
         """--norm-epsilon --clip-grad --num-workers --manual-gc-interval
-        --start-eval-at-iter --tensorboard-queue-size --lr-restart-iters --ckpt-step
-        --mid-level-dataset-surplus""",
+        --start-eval-at-iter --tensorboard-queue-size --lr-restart-iters --ckpt-step""",
     ),
     "use more than 0": (
         lambda number: number > 0,

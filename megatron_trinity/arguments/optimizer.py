@@ -68,6 +68,20 @@ OPTIMIZER_REFUSALS: tuple[Refusal, ...] = (
         "optimizer's state; use {--use-distributed-optimizer} as well",
     ),
     Refusal(
+        "param-gather",
+        lambda a: (
+            a.overlap_param_gather and not (a.use_distributed_optimizer and a.overlap_grad_reduce)
+        ),
+        "{--overlap-param-gather} gathers the shards of the optimizer under the forward pass; use "
+        "{--use-distributed-optimizer} and {--overlap-grad-reduce} as well, or leave it out",
+    ),
+    Refusal(
+        "buckets",
+        lambda a: a.ddp_bucket_size is not None and a.ddp_num_buckets is not None,
+        "{--ddp-bucket-size=}, {--ddp-num-buckets=}: either says how large a bucket is; leave out "
+        "one of them",
+    ),
+    Refusal(
         "muon-rates",
         lambda a: _is_muon(a) and (a.adamw_lr is None or a.decoupled_lr is not None),
         "{--optimizer} muon has a learning rate of its own for what AdamW updates; give it with "
@@ -88,8 +102,9 @@ OPTIMIZER_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "muon-precision",
         lambda a: _is_muon(a) and (a.fp16 or a.fp8_param_gather or a.fp4_param_gather),
-        "{--optimizer} muon updates bf16 and fp32 parameters; use {--bf16} in place of {--fp16}, "
-        "and leave out {--fp8-param-gather} and {--fp4-param-gather}",
+        "{--optimizer} muon updates bf16 and fp32 parameters, in rows and pieces that others do "
+        "not take; use {--bf16} in place of {--fp16}, and leave out {--fp8-param-gather} and "
+        "{--fp4-param-gather}",
     ),
     Refusal(
         "muon-sharding",
@@ -135,17 +150,17 @@ OPTIMIZER_REFUSALS: tuple[Refusal, ...] = (
         lambda a: (
             _is_muon(a)
             and (
-                a.overlap_param_gather
-                or a.overlap_param_gather_with_optimizer_step
+                a.overlap_param_gather_with_optimizer_step
                 or a.optimizer_cpu_offload
                 or a.optimizer_cuda_graph
                 or a.use_precision_aware_optimizer
             )
         ),
-        "{--optimizer} muon shares weights right behind its step and keeps its state in fp32 on "
-        "the device; leave out {--overlap-param-gather}, "
+        "{--optimizer} muon gathers weights behind its step or under the next forward pass, and "
+        "keeps its state in fp32 on the device; leave out "
         "{--overlap-param-gather-with-optimizer-step}, {--optimizer-cpu-offload}, "
-        "{--optimizer-cuda-graph} and {--use-precision-aware-optimizer}",
+        "{--optimizer-cuda-graph} and {--use-precision-aware-optimizer}; {--overlap-param-gather} "
+        "is for the forward pass",
     ),
     Refusal(
         "muon-checkpoint",

@@ -18,6 +18,8 @@ import torch
 
 from megatron_trinity.arguments.checkpoints import add_checkpoint_arguments
 from megatron_trinity.arguments.cuda import CUDA_ONLY, refuse_cuda_only_arguments, set_cpu_defaults
+from megatron_trinity.arguments.data import add_data_arguments, derive_data
+from megatron_trinity.arguments.faults import add_fault_arguments
 from megatron_trinity.arguments.installed import (
     gpu_argument_defaults,
     refuse_what_is_not_installed,
@@ -29,6 +31,12 @@ from megatron_trinity.arguments.model import add_model_arguments, derive_model
 from megatron_trinity.arguments.monitoring import add_monitoring_arguments
 from megatron_trinity.arguments.numbers import LEAST_REFUSALS
 from megatron_trinity.arguments.optimizer import add_optimizer_arguments
+from megatron_trinity.arguments.precision import (
+    add_precision_arguments,
+    derive_precision,
+    refuse_precision_of_machine,
+    tune_precision,
+)
 from megatron_trinity.arguments.presets import add_preset_argument, apply_preset, explain_negation
 from megatron_trinity.arguments.refusal import refuse
 from megatron_trinity.arguments.refusals import validate
@@ -52,9 +60,12 @@ SUBJECTS = (
     add_loss_arguments,
     add_schedule_arguments,
     add_optimizer_arguments,
+    add_data_arguments,
     add_checkpoint_arguments,
     add_monitoring_arguments,
+    add_fault_arguments,
     add_kernel_arguments,
+    add_precision_arguments,
 )
 """What adds Trinity's own flags, in the order of `--help`."""
 
@@ -122,8 +133,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         sys.argv = saved
     given = off_standard(args, standard)
     refuse(args, LEAST_REFUSALS)
+    derive_data(args)
     derive_model(args)
     derive_kernels(args)
+    derive_precision(args)
     derive_schedule(args)
     if torch.cuda.is_available():
         refuse_what_is_not_installed(args, find_installed())
@@ -131,7 +144,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         refuse_cuda_only_arguments(args)
     validate(args)
     refuse_flags(given, torch.cuda.is_available(), {rule.flag for rule in CUDA_ONLY})
+    tune_precision(args)
     prepare_machine(args)
+    if torch.cuda.is_available() and args.precision is not None:
+        refuse_precision_of_machine(args, torch.cuda.get_device_capability(), torch.version.cuda)
     with refusing("the arguments do not fit together"):
         validate_args(args)
     return args

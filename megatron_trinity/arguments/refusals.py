@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from megatron_trinity.arguments.checkpoints import CHECKPOINT_REFUSALS
 from megatron_trinity.arguments.data import DATA_REFUSALS
+from megatron_trinity.arguments.faults import FAULT_REFUSALS
 from megatron_trinity.arguments.kernels import KERNEL_REFUSALS
 from megatron_trinity.arguments.loss import LOSS_REFUSALS
 from megatron_trinity.arguments.model import MODEL_REFUSALS
@@ -13,6 +14,7 @@ from megatron_trinity.arguments.monitoring import MONITORING_REFUSALS
 from megatron_trinity.arguments.optimizer import OPTIMIZER_REFUSALS
 from megatron_trinity.arguments.other_models import OTHER_MODEL_REFUSALS
 from megatron_trinity.arguments.parallelism import PARALLELISM_REFUSALS
+from megatron_trinity.arguments.precision import PRECISION_REFUSALS
 from megatron_trinity.arguments.refusal import Refusal, refuse
 from megatron_trinity.arguments.router import ROUTER_REFUSALS
 from megatron_trinity.arguments.schedule import SCHEDULE_REFUSALS
@@ -27,8 +29,10 @@ REFUSALS: tuple[Refusal, ...] = (
     *DATA_REFUSALS,
     *ROUTER_REFUSALS,
     *MONITORING_REFUSALS,
+    *FAULT_REFUSALS,
     *OTHER_MODEL_REFUSALS,
     *KERNEL_REFUSALS,
+    *PRECISION_REFUSALS,
 )
 
 

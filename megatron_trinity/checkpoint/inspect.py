@@ -69,6 +69,8 @@ GROUPS = {
 }
 """Group of parameters to what is in their names; the first that fits."""
 
+EXTRA = "._extra_state"
+"""In the key of an object beside a layer's weights."""
 BIAS = ".expert_bias"
 """End of the name of a model's tensor that is no parameter."""
 
@@ -88,6 +90,8 @@ class Inspection:
         files: name to bytes.
         tensor_bytes: bytes of tensors of the `model` and of the `optimizer`, by dtype.
         rest_bytes: what else the files take.
+        extra_states: objects that linear layers have saved beside their weights, Transformer
+            Engine's scales of FP8 among them, by their names.
         faults: why it is not whole, a line each.
         unreadable: what is whole and keeps training from loading it, a line each.
     """
@@ -103,6 +107,7 @@ class Inspection:
     files: dict[str, int]
     tensor_bytes: dict[str, dict[str, int]]
     rest_bytes: int
+    extra_states: list[str]
     faults: list[str]
     unreadable: list[str]
 
@@ -152,6 +157,7 @@ def inspect_checkpoint(directory: Path, checksums: bool = False) -> Inspection:
         files=files,
         tensor_bytes=tensor_bytes,
         rest_bytes=sum(files.values()) - sum(sum(kind.values()) for kind in tensor_bytes.values()),
+        extra_states=sorted({k.split("/")[0] for k in checkpoint.object_keys() if EXTRA in k}),
         faults=list(dict.fromkeys(found)),
         unreadable=[] if found else list(object_faults(checkpoint)),
     )

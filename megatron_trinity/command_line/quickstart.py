@@ -31,12 +31,11 @@ def require_data(data: Path, *names: str) -> None:
             )
 
 
-def data_flags(data: Path, cache: Path) -> dict[str, object]:
-    """The trainer's flags to train and validate on it, and to keep its index in `cache`."""
+def data_flags(data: Path) -> dict[str, object]:
+    """The trainer's flags to train and validate on it."""
     return {
         "--tokenizer-model": data / "tokenizer",
         "--train-data-path": data / "data_train",
         "--valid-data-path": data / "data_valid",
-        "--data-cache-path": cache,
         "--num-workers": 0,
     }

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,19 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
-from megatron_trinity.data.indexed import check_indexed_dataset
+from megatron_trinity.data.corpus import Part
+from megatron_trinity.data.description import (
+    Description,
+    EvaluationSet,
+    PlannedPhase,
+    Source,
+    check_shares,
+    read_description,
+)
+from megatron_trinity.data.indexed import IndexedDatasetInfo, check_indexed_dataset
 from megatron_trinity.data.manifest import read_manifest, sha256_of_file
-from megatron_trinity.errors import TrinityError, UsageError
+from megatron_trinity.data.packings import PACKINGS
+from megatron_trinity.errors import UsageError
 
 SPLITS = ("train", "valid", "test")
 
@@ -29,28 +38,39 @@ def check_data(args: Namespace) -> None:
 
     Raises:
         UsageError: none is named, none to train on, or a split or a weight leaves one out.
-        TrinityError: one is missing, truncated or corrupt, or there is no place for indices.
+        TrinityError: one is missing, truncated or corrupt.
     """
-    _check_cache(args)
     if args.mock_data:
         return
-    if not data_prefixes(args):
+    described = describe(args)
+    if not described.parts():
         raise UsageError(
-            "no data: give --train-data-path and --valid-data-path, or --data-path with --split, "
-            "as tools/prepare_data.py writes them"
+            "no data: give --data, or --train-data-path and --valid-data-path, or --data-path with "
+            "--split, as tools/prepare_data.py writes them"
         )
-    _check_weights(args)
-    splits = given_splits(args)
-    if "train" not in splits and not args.skip_train:
+    if not described.sources and not args.skip_train:
         raise UsageError("no training data: give --train-data-path, or a --split that has some")
-    if "valid" not in splits and args.eval_iters:
+    _check_masking(args, described)
+    if not described.validation and args.eval_iters:
         print_rank_0(
             "WARNING: no validation data (--valid-data-path, or a share of --split): the run does "
             "not evaluate"
         )
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        for prefix in data_prefixes(args):
-            _check_shares(args, prefix, check_indexed_dataset(prefix).sequences)
+        checked: dict[str, IndexedDatasetInfo] = {}
+        for part in described.parts():
+            if part.prefix not in checked:
+                checked[part.prefix] = check_indexed_dataset(part.prefix)
+            _check_share(args, part, checked[part.prefix])
+
+
+def _check_masking(args: Namespace, described: Description) -> None:
+    for phase in described.phases:
+        if PACKINGS[phase.packing].masking and not args.dataloader_inter_document_masking:
+            raise UsageError(
+                f"packing {phase.packing} puts pieces of documents side by side that do not belong "
+                "together; give --dataloader-inter-document-masking, which keeps them apart"
+            )
 
 
 def check_manifests(args: Namespace) -> None:
@@ -61,9 +81,9 @@ def check_manifests(args: Namespace) -> None:
     Raises:
         UsageError: a dataset has tokens that the model has no embedding for, or other ones.
     """
-    tokenizer = _tokenizer_sha256(args)
+    tokenizer = tokenizer_sha256(args)
     unknown: list[tuple[str, str]] = []
-    for prefix in [] if args.mock_data else data_prefixes(args):
+    for prefix in [] if args.mock_data else _prefixes(args):
         base, _, split = prefix.rpartition("_")
         manifest = read_manifest(Path(f"{base}.json")) or {}
         largest = manifest.get("splits", {}).get(split, {}).get("max_token_id", 0)
@@ -92,20 +112,93 @@ def check_manifests(args: Namespace) -> None:
         )
 
 
-def data_prefixes(args: Namespace) -> list[str]:
-    """Path prefixes of the indexed datasets that the command line names."""
-    return [prefix for paths, _ in _blends(args).values() for prefix in paths]
+def _prefixes(args: Namespace) -> list[str]:
+    return list(dict.fromkeys(part.prefix for part in describe(args).parts()))
+
+
+def describe(args: Namespace) -> Description:
+    """What the command line names: the file of `--data`, or Megatron's flags in the same form.
+
+    Several paths without weights are weighted by their tokens.
+
+    Raises:
+        UsageError: the file is not a description; or a weight would leave a path out.
+    """
+    if args.data is not None:
+        return read_description(args.data)
+    blends = _blends(args)
+    shares = dict.fromkeys(blends, (0.0, 1.0))
+    if "" in blends:
+        shares = dict(_shares(args))
+    found = {}
+    for name, share in shares.items():
+        paths, of_paths = blends.get(name) or blends[""]
+        found[name] = _sources(paths, of_paths, share)
+    sources, weights = found.get("train", ((), None))
+    by_name = None
+    if weights is not None:
+        by_name = {source.name: w for source, w in zip(sources, weights, strict=True)}
+    evaluated = {
+        name: (EvaluationSet("", *found[name]),) for name in ("valid", "test") if name in found
+    }
+    return Description(
+        sources,
+        (PlannedPhase(None, by_name, *_packing(args)),) if sources else (),
+        evaluated.get("valid", ()),
+        evaluated.get("test", ()),
+    )
+
+
+def _packing(args: Namespace) -> tuple[str, dict[str, int]]:
+    """The packing that the flags name, and its options."""
+    given = {"size": args.document_buffer_size, "buffers": args.document_buffers}
+    options = {key: value for key, value in given.items() if value is not None}
+    return args.packing or "sequential", options
+
+
+def _sources(
+    paths: Sequence[str], weights: Sequence[float] | None, share: tuple[float, float]
+) -> tuple[tuple[Source, ...], tuple[float, ...] | None]:
+    """A path that stands twice has the weight of both."""
+    for path in paths:
+        if _is_number(path) and not Path(f"{path}.idx").exists():
+            raise UsageError(
+                f"{path} is no path among the data, but a number; a weight stands in front of its "
+                "path, and all paths have one or none: 0.7 a 0.3 b"
+            )
+    by_path: dict[str, float] = {}
+    for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True):
+        by_path[path] = by_path.get(path, 0.0) + weight
+    if weights is not None:
+        check_shares(dict(zip(paths, weights, strict=True)))
+    sources = tuple(Source(path, (Part(path, *share),)) for path in by_path)
+    return sources, None if weights is None else tuple(by_path.values())
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def given_splits(args: Namespace) -> set[str]:
     """Which of `SPLITS` have data."""
-    blends = _blends(args)
-    return {name for name, _ in _shares(args)} if "" in blends else set(blends)
+    described = describe(args)
+    of_split = (described.sources, described.validation, described.test)
+    return {name for name, given in zip(SPLITS, of_split, strict=True) if given}
 
 
 def _blends(args: Namespace) -> dict[str, Any]:
     """Split to prefixes and their weights or None; the split is "" where `--split` divides them."""
-    blend, per_split = get_blend_and_blend_per_split(args)
+    try:
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except (ValueError, AssertionError) as error:
+        raise UsageError(
+            "the paths of the data are neither paths alone nor pairs of a weight and a path "
+            f"(0.7 a 0.3 b): {error}"
+        ) from error
     if blend:
         return {"": blend}
     named = zip(SPLITS, per_split or [None] * len(SPLITS), strict=True)
@@ -118,39 +211,17 @@ def _shares(args: Namespace) -> Iterator[tuple[str, tuple[float, float]]]:
     return ((name, share) for name, share in zip(SPLITS, matrix, strict=True) if share is not None)
 
 
-def _check_weights(args: Namespace) -> None:
-    for paths, weights in _blends(args).values():
-        for path, weight in zip(paths, weights or [], strict=bool(weights)):
-            if not 0 < weight < math.inf:
-                raise UsageError(
-                    f"{path} has a weight of {weight:g} in its blend; give one above 0, or leave "
-                    "the dataset out"
-                )
-
-
-def _check_shares(args: Namespace, prefix: str, sequences: int) -> None:
-    """Megatron looks for a sample in an empty share for ever."""
-    for name, (start, end) in _shares(args) if "" in _blends(args) else ():
-        if round(start * sequences) == round(end * sequences):
-            raise UsageError(
-                f"--split {args.split} leaves none of the {sequences} documents of {prefix} for "
-                f"{name}; give it 0, or a larger share"
-            )
-
-
-def _check_cache(args: Namespace) -> None:
-    """Megatron writes the order of the samples there, and fails on each rank for itself."""
-    if args.data_cache_path is None:
-        return
-    cache = Path(args.data_cache_path)
-    there = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise TrinityError(
-            f"--data-cache-path {cache} cannot be written: {there} is not a writable directory"
+def _check_share(args: Namespace, part: Part, info: IndexedDatasetInfo) -> None:
+    if round(part.begin * info.sequences) == round(part.end * info.sequences):
+        raise UsageError(
+            f"--split {args.split} leaves none of the {info.sequences} documents of {part.prefix} "
+            "for one of its shares; give it 0, or a larger one"
         )
+    if info.tokens == 0:
+        raise UsageError(f"{part.prefix} has no tokens: its documents are all empty")
 
 
-def _tokenizer_sha256(args: Namespace) -> str | None:
+def tokenizer_sha256(args: Namespace) -> str | None:
     """Of the file that prepares data in the same way, or None where there is no such file."""
     if args.tokenizer_type != "HuggingFaceTokenizer":
         return None

@@ -20,6 +20,9 @@ gradient of the weight, a sum over tokens, would be kept in the meantime, as lar
 With one chunk, all logits fit into what a chunk may hold: they are kept, and nothing is computed
 twice.
 
+What happens to the logits between the products is compiled where there is Triton (`fused_loss.py`),
+without an fp32 copy of them: a chunk is 8 launches then, and 23 elsewhere.
+
 Shapes: n tokens, s sequence length, b micro-batch, h hidden size, v vocabulary (padded), tp
 tensor-parallel ranks.
 """
@@ -34,10 +37,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_trinity.model.fused_loss import fused_gradient, fused_statistics, is_fused
 from megatron_trinity.model.weight_gradient import WeightGradient
 
-LOGITS_AT_ONCE = 2**27
-"""Of a chunk, if its length is not given: 6 bytes each in bf16, 0.8 GB; 670 tokens of 200,192."""
+BYTES_AT_ONCE = 850 * 2**20
+"""What a chunk's logits and all that is made of them take, if its length is not given."""
 
 ALIGNED = 8
 """Blocks of the vocabulary are multiples of it: 16 bytes of bf16, for the kernels of products."""
@@ -94,8 +98,8 @@ def token_losses(
         labels: `[s, b]` int64, indices into the whole vocabulary.
         vocab_size: the true width, at most v.
         group: the tensor-parallel group.
-        chunk_size: tokens whose logits are held at once; 0 for all of them, None for as many as
-            have `LOGITS_AT_ONCE` on a rank.
+        chunk_size: tokens whose logits are held at once; 0 for all of them, None for chunks of
+            one size, as few as `BYTES_AT_ONCE` allows.
         into_main_grad: see `WeightGradient`.
     """
     losses = _TokenLosses.apply(
@@ -104,17 +108,31 @@ def token_losses(
         labels.flatten(),
         vocab_size,
         group,
-        chunk_length(labels.numel(), weight.size(0), chunk_size),
+        chunk_length(labels.numel(), weight.size(0), chunk_size, bytes_of_logit(hidden)),
         into_main_grad,
     )
     return TokenLosses(*(values.view(labels.shape) for values in losses))
 
 
-def chunk_length(tokens: int, width: int, chunk_size: int | None) -> int:
-    """Tokens of a chunk, of so many with `width` logits each; see `token_losses`."""
-    if chunk_size is None:
-        chunk_size = max(LOGITS_AT_ONCE // width, 1)
-    return min(chunk_size or tokens, tokens)
+def bytes_of_logit(hidden: Tensor) -> int:
+    """What is there at once of each logit: itself and its gradient, or a copy to compute with."""
+    if is_fused(hidden):
+        return 2 * hidden.element_size()
+    working = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.element_size() + working.itemsize * (working != hidden.dtype)
+
+
+def chunk_length(tokens: int, width: int, chunk_size: int | None, of_logit: int = 6) -> int:
+    """Tokens of a chunk, of so many with `width` logits each; see `token_losses`.
+
+    Args:
+        of_logit: bytes of each logit and what is made of it.
+    """
+    if chunk_size is not None:
+        return min(chunk_size or tokens, tokens)
+    most = max(BYTES_AT_ONCE // of_logit // width, 1)
+    number = max(-(-tokens // most), 1)
+    return -(-tokens // number)
 
 
 def blocks(width: int, number: int) -> list[slice]:
@@ -141,30 +159,43 @@ class _TokenLosses(torch.autograd.Function):
         true_width = min(max(vocab_size - start, 0), weight.size(0))
         local = labels - start
 
+        fused = is_fused(hidden)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        ours = torch.full((tokens,), -torch.inf, dtype=dtype, device=hidden.device)
-        sums = ours.new_zeros(3, tokens)
-        x = None
+        # Of another rank's target some logit is read, and not taken.
+        target_here = local.clamp(0, max(true_width - 1, 0))
+        x, parts = None, []
         for begin in range(0, tokens if true_width else 0, chunk):
             some = slice(begin, begin + chunk)
             x = None  # before the next one is made
-            x = _reduce_logits(
-                hidden[some] @ weight[:true_width].t(), local[some], ours[some], sums[:, some]
+            x, part = (fused_statistics if fused else statistics)(
+                hidden[some] @ weight[:true_width].t(), target_here[some], dtype
             )
+            parts.append(part)
+        if parts:
+            largest, sums = torch.cat(parts, 1).split([1, 3])
+            largest = largest[0]
+            sums[1].masked_fill_(target_here != local, 0)
+        else:
+            largest = torch.full((tokens,), -torch.inf, dtype=dtype, device=hidden.device)
+            sums = largest.new_zeros(3, tokens)
 
-        largest = ours.clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-        ratio = torch.exp(ours - largest)
-        sums[0].mul_(ratio)
-        # A target is on one rank.
-        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+        ours, ratio = largest, None
+        if group.size() > 1:
+            largest = ours.clone()
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+            ratio = torch.exp(ours - largest)
+            sums[0].mul_(ratio)
+            # A target is on one rank.
+            dist.all_reduce(sums, dist.ReduceOp.SUM, group)
         exp_sum, target, logit_sum = sums
 
         # A probability is exp(logit - ours) * ratio.
         kept = x if chunk >= tokens else None
-        ctx.save_for_backward(hidden, weight, local, ours, ratio / exp_sum, kept)
+        ratio = exp_sum.reciprocal() if ratio is None else ratio / exp_sum
+        ctx.save_for_backward(hidden, weight, local, ours, ratio, kept)
+        ctx.fused = fused
         ctx.width, ctx.chunks, ctx.into_main_grad = true_width, -(-tokens // chunk), into_main_grad
-        log_sum = exp_sum.log()
+        log_sum = exp_sum.log_()
         mean = logit_sum / vocab_size
         ctx.mark_non_differentiable(largest, mean)
         return log_sum - (target - largest), log_sum + largest, largest, mean
@@ -179,9 +210,13 @@ class _TokenLosses(torch.autograd.Function):
         of_weight = WeightGradient(weight, ctx.into_main_grad) if ctx.needs_input_grad[1] else None
         for rows in blocks(ctx.width, ctx.chunks):
             some = weight[rows]
-            x = kept if kept is not None else _exponentials(hidden @ some.t(), shift)
-            of_logits = _of_logits(x, local - rows.start, factors, of_cross_entropy)
-            of_logits = of_logits.to(hidden.dtype)
+            arguments = (factors, of_cross_entropy, local - rows.start)
+            if ctx.fused:
+                x = hidden @ some.t() if kept is None else kept
+                of_logits = fused_gradient(x, shift, *arguments)
+            else:
+                x = exponentials(hidden @ some.t(), shift) if kept is None else kept
+                of_logits = gradient(x, *arguments).to(hidden.dtype)
             del x  # no more of them than a chunk has
             part = of_logits @ some
             of_hidden = part if of_hidden is None else of_hidden.to(ratio.dtype).add_(part)
@@ -195,30 +230,41 @@ class _TokenLosses(torch.autograd.Function):
         )
 
 
-def _reduce_logits(logits: Tensor, local: Tensor, largest: Tensor, sums: Tensor) -> Tensor:
-    """Write a chunk's largest logits `[n]` and its sums `[3, n]`: of exponentials, target, logits.
+def statistics(logits: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a chunk's tokens need of their logits `[n, v]`.
 
-    Returns: exp(logit - largest), in the place of the logits if they are fp32.
+    Args:
+        target: `[n]` int64.
+    Returns: exp(logit - largest) `[n, v]`, in the place of the logits if they are of `dtype`, and
+        in `dtype` `[4, n]`: the largest logit and the sums of exponentials, target and logits.
     """
-    x = logits.to(sums.dtype)
+    x = logits.to(dtype)
     del logits
+    result = x.new_empty(4, len(x))
+    largest, exp_sum, of_target, logit_sum = result
     torch.amax(x, -1, out=largest)
-    torch.sum(x, -1, out=sums[2])
-    here = (local >= 0) & (local < x.size(-1))
-    target = x.gather(-1, local.masked_fill(~here, 0).unsqueeze(-1)).squeeze(-1)
-    sums[1].copy_(target.masked_fill_(~here, 0))
+    torch.sum(x, -1, out=logit_sum)
+    torch.gather(x, -1, target.unsqueeze(-1), out=of_target.unsqueeze(-1))
     x.sub_(largest.unsqueeze(-1)).exp_()
-    torch.sum(x, -1, out=sums[0])
-    return x
+    torch.sum(x, -1, out=exp_sum)
+    return x, result
 
 
-def _exponentials(logits: Tensor, shift: Tensor) -> Tensor:
+def exponentials(logits: Tensor, shift: Tensor) -> Tensor:
+    """exp(logit - shift) `[n, v]`, in the place of the logits if they have the dtype of `shift`."""
     return logits.to(shift.dtype).sub_(shift.unsqueeze(-1)).exp_()
 
 
-def _of_logits(x: Tensor, local: Tensor, factors: Tensor, of_cross_entropy: Tensor) -> Tensor:
-    """softmax * (g_ce + g_lse) - onehot * g_ce, in the place of the exponentials."""
-    here = (local >= 0) & (local < x.size(-1))
-    target = local.masked_fill(~here, 0).unsqueeze(-1)
+def gradient(x: Tensor, factors: Tensor, of_cross_entropy: Tensor, target: Tensor) -> Tensor:
+    """softmax * (g_ce + g_lse) - onehot * g_ce, of a block of the vocabulary.
+
+    Args:
+        x: `[n, v]` exponentials; the result takes their place.
+        factors: `[n]`, what makes of an exponential the first term.
+        of_cross_entropy: `[n]`.
+        target: `[n]` int64, below 0 or from v on where it is in another block.
+    """
+    here = target.clamp(0, x.size(-1) - 1)
+    of_target = -of_cross_entropy.masked_fill(here != target, 0)
     x.mul_(factors.unsqueeze(-1))
-    return x.scatter_add_(-1, target, -(of_cross_entropy * here).unsqueeze(-1))
+    return x.scatter_add_(-1, here.unsqueeze(-1), of_target.unsqueeze(-1))

@@ -8,7 +8,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
+from megatron_trinity.errors import TrinityError
 from megatron_trinity.model.head import LMHead
+
+EXTRA_STATE = "_extra_state"
+"""End of the name of an object that a linear layer keeps beside its weight; empty but in FP8."""
 
 
 class TrinityModel(GPTModel):
@@ -33,6 +37,8 @@ class TrinityModel(GPTModel):
         if self.pre_process and config.mup_enabled:
             # Megatron's `use_mup` would scale this too, but also the softmax, the init and the LR.
             self.embedding.word_embeddings.register_forward_hook(self._scale_embedding)
+
+        self.register_load_state_dict_post_hook(_whole)
 
     def _scale_embedding(
         self, module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor
@@ -71,3 +77,22 @@ class TrinityModel(GPTModel):
             hidden_states, output_weight, labels=labels, true_vocab_size=self.true_vocab_size
         )[0]
         return losses
+
+
+def _whole(model: nn.Module, found: Any) -> None:
+    """Refuse a state that lacks a tensor or has one too many, if it is not loaded strictly, too.
+
+    Megatron loads a checkpoint again without `strict` when it does not fit, and goes on with the
+    initial values of what is missing.
+
+    Args:
+        found: torch's lists of `missing_keys` and `unexpected_keys`.
+    Raises:
+        TrinityError: it is not whole.
+    """
+    for keys, told in ((found.missing_keys, "lacks"), (found.unexpected_keys, "has no place for")):
+        keys[:] = [key for key in keys if not key.endswith(EXTRA_STATE)]
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            what = "the model's state" if told == "lacks" else "the model"
+            raise TrinityError(f"{what} {told} {keys[0]}{more}")

@@ -10,9 +10,9 @@ from torch import Tensor
 class WeightGradient:
     """The gradient of a weight `[out, in]`, for autograd or added to `main_grad` at once.
 
-    The second is `--gradient-accumulation-fusion`, in the way of Megatron's linear layers: Apex's
-    kernels add the product to the buffer of `DistributedDataParallel`, whose hook is told so by
-    `grad_added_to_main_grad` and runs on a gradient that nobody reads.
+    The second is `--gradient-accumulation-fusion`, in the way of Megatron's linear layers: kernels
+    of Apex or Transformer Engine add the product to the buffer of `DistributedDataParallel`, whose
+    hook is told so by `grad_added_to_main_grad` and runs on a gradient that nobody reads.
     """
 
     def __init__(self, weight: Tensor, into_main_grad: bool) -> None:

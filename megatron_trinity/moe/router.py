@@ -5,7 +5,7 @@ Shapes: t tokens, s tokens of a sequence on this rank, b sequences, E experts, k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,27 @@ def sigmoid_topk(
         torch.zeros_like(scores).scatter(1, chosen, weights),
         torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True),
     )
+
+
+def balance(routers: Sequence[TrinityRouter], counts: Tensor) -> None:
+    """Move the bias of each router once, of all at once.
+
+    Args:
+        routers: of layers with one configuration.
+        counts: `[len(routers), E]` int64, tokens of a whole global batch.
+    """
+    if not routers or routers[0].config.load_balancing == "none":
+        return
+    config = routers[0].config
+    biases = [router.expert_bias for router in routers]
+    if config.load_balancing == "sign":
+        bias = sign_update(torch.stack(biases), counts, config.moe_router_bias_update_rate)
+    else:
+        momenta = [router.expert_bias_momentum for router in routers]
+        constants = (config.smebu_kappa, config.smebu_lambda, config.smebu_beta)
+        bias, momentum = smebu_update(torch.stack(biases), torch.stack(momenta), counts, *constants)
+        torch._foreach_copy_(momenta, momentum.unbind())
+    torch._foreach_copy_(biases, bias.unbind())
 
 
 class TrinityRouter(TopKRouter):
@@ -92,24 +113,6 @@ class TrinityRouter(TopKRouter):
             if self.config.seq_aux_loss_coeff:
                 weights = self._with_sequence_loss(weights, logits, chosen, padding_mask)
         return weights, chosen
-
-    def balance(self, counts: Tensor) -> None:
-        """Move the bias once, by the counts of a whole global batch, `[E]` int64."""
-        config = self.config
-        if config.load_balancing == "sign":
-            bias = sign_update(self.expert_bias, counts, config.moe_router_bias_update_rate)
-            self.expert_bias.copy_(bias)
-        elif config.load_balancing == "smebu":
-            bias, momentum = smebu_update(
-                self.expert_bias,
-                self.expert_bias_momentum,
-                counts,
-                config.smebu_kappa,
-                config.smebu_lambda,
-                config.smebu_beta,
-            )
-            self.expert_bias.copy_(bias)
-            self.expert_bias_momentum.copy_(momentum)
 
     def take_counts(self) -> Tensor:
         """Tokens that this rank has routed to each expert, `[E]` int64; starts again from zero."""

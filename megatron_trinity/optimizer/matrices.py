@@ -9,7 +9,7 @@ from shapes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -64,6 +64,12 @@ class Piece:
     def matrix(self) -> tuple[str, tuple[int, ...], str]:
         """Which matrix of the model it is."""
         return self.tensor, self.index, self.part
+
+    def within(self, rows: Interval) -> Iterator[Piece]:
+        """What of it lies in these rows of the parameter, if anything."""
+        start, stop = max(rows[0], self.rows[0]), min(rows[1], self.rows[1])
+        if start < stop:
+            yield replace(self, rows=(start, stop), row=self.row + start - self.rows[0])
 
 
 def parts(key: str, rows: int, config: TransformerConfig) -> list[Part]:

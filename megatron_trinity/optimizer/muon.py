@@ -1,4 +1,4 @@
-"""Muon on the matrices that a rank's data-parallel share holds, in batches of one shape.
+"""Muon on the matrices that a rank holds, or holds parts of, in batches of one shape.
 
     M <- momentum M + G;  W <- (1 - lr decay) W - lr sqrt(max(1, fan_out / fan_in)) NS(M)
 
@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_trinity.optimizer.assignment import assign
-from megatron_trinity.optimizer.exchange import Batch, Name, TensorParallelExchange
+from megatron_trinity.optimizer.exchange import Batch, BatchExchange, Name, Workspace
 from megatron_trinity.optimizer.matrices import Piece
 from megatron_trinity.optimizer.newton_schulz import Coefficients, flops, lr_scale, newton_schulz
 from megatron_trinity.optimizer.units import Unit
 
 MOMENTUM = "momentum_buffer"
-BATCH_SHARE = 32
+BATCH_SHARE = 24
 """A batch has at most this part of all elements (or one matrix a rank): with the temporaries of the
-iteration, about four times a batch, a step needs an eighth of the momentum on top of it."""
+iteration, about four times a batch, a step needs a sixth of the momentum on top of it."""
 BATCH_ELEMENTS = 2**26  # and at most so many: more would not keep a GPU busier
 
 
@@ -46,47 +46,88 @@ class MuonConfig:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class PlannedBatch:
-    """A batch, and where this rank's pieces of it are: unit and rows."""
+Held = tuple[str, Piece]
+"""Of a rank: the group that a piece is updated with, and the piece."""
 
-    batch: Batch
-    group: str
-    places: tuple[tuple[Unit, Piece], ...]
+
+class PlannedBatch:
+    """A batch, and the views of this rank's pieces of it."""
+
+    def __init__(
+        self,
+        batch: Batch,
+        group_name: str,
+        ranks: ProcessGroup | None,
+        places: Sequence[tuple[Unit, Piece]],
+        workspace: Workspace,
+    ) -> None:
+        """Args: ranks: that hold the batch, None for this one alone; places: this rank's pieces."""
+        self.batch, self.group_name = batch, group_name
+        self.rank = ranks.rank() if ranks else 0
+        self.exchange = BatchExchange(batch, ranks, workspace)
+        self.momenta = [u.rows_of_piece(u.state[MOMENTUM], piece) for u, piece in places]
+        self.weights = [u.rows_of_piece(u.master, piece) for u, piece in places]
+        self._places = places
+
+    def gradients(self) -> list[Tensor]:
+        """Of this rank's pieces."""
+        return [unit.rows_of_piece(unit.gradient, piece) for unit, piece in self._places]
 
 
 class Muon:
     """Updates the fp32 weights of units that keep them."""
 
-    def __init__(self, config: MuonConfig, tensor_groups: Mapping[bool, ProcessGroup]) -> None:
-        """Args: tensor_groups: the tensor-parallel group of experts (True) and of all else."""
+    def __init__(self, config: MuonConfig, groups: Mapping[bool, ProcessGroup]) -> None:
+        """Args: groups: the ranks that hold parts of the same matrices: of experts (True), and of
+        all else."""
         self._config = config
-        self._groups = tensor_groups
-        self._exchange = {key: TensorParallelExchange(g) for key, g in tensor_groups.items()}
-        self._plan: dict[bool, list[PlannedBatch]] = {}
+        self._groups = groups
+        self._plan: list[PlannedBatch] = []
+        self._weights: dict[str, list[Tensor]] = {}  # of each group
 
-    def plan(self, units: Sequence[Unit]) -> None:
-        """Settle the batches of `units`, those that this rank updates; once, on all ranks."""
+    def plan(
+        self,
+        units: Sequence[Unit],
+        everywhere: Mapping[bool, Sequence[Sequence[Held]]] | None = None,
+    ) -> None:
+        """Settle the batches of `units`, those that this rank keeps; once, on all ranks.
+
+        Args: everywhere: what each rank of the groups holds, if that is known; else they are asked.
+        """
+        workspace = Workspace()
         for experts, group in self._groups.items():
             own = [unit for unit in units if unit.experts == experts]
-            self._plan[experts] = list(_batches(own, group, len(self._config.steps)))
+            mine = [(unit.group.name, piece) for unit in own for piece in unit.pieces]
+            held = everywhere[experts] if everywhere else gathered(mine, group)
+            for batch, group_name, is_shared in _batches(held, group.rank(), self._config.steps):
+                chosen = set(batch.names)
+                self._plan.append(
+                    PlannedBatch(
+                        batch,
+                        group_name,
+                        group if is_shared else None,
+                        [(u, p) for u in own for p in u.pieces if p.matrix in chosen],
+                        workspace,
+                    )
+                )
+        for planned in self._plan:
+            planned.exchange.make_views()
+            if planned.weights:
+                self._weights.setdefault(planned.group_name, []).extend(planned.weights)
 
     def work(self) -> list[tuple[Name, tuple[int, int]]]:
         """The matrices that this rank orthogonalises in a step, with their shapes."""
         return [
             (name, planned.batch.shape)
-            for experts, plan in self._plan.items()
-            for planned in plan
-            for name in planned.batch.owned_by(self._groups[experts].rank())
+            for planned in self._plan
+            for name in planned.batch.owned_by(planned.rank)
         ]
 
-    def accumulate(self, units: Sequence[Unit]) -> None:
-        """Add the gradients of `units` to their momentum."""
-        if not units:
-            return
-        momenta = [unit.state[MOMENTUM] for unit in units]
-        torch._foreach_mul_(momenta, self._config.momentum)
-        torch._foreach_add_(momenta, [unit.gradient for unit in units])
+    def accumulate(self, momenta: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Add gradients to the momentum of what they are of."""
+        if momenta:
+            torch._foreach_mul_(list(momenta), self._config.momentum)
+            torch._foreach_add_(list(momenta), list(gradients))
 
     def update(self, rates: Mapping[str, tuple[float, float]]) -> None:
         """Decay and update the weights of the planned units.
@@ -94,77 +135,84 @@ class Muon:
         Args:
             rates: group to learning rate and weight decay.
         """
-        for experts, plan in self._plan.items():
-            for planned in plan:
-                self._update_batch(planned, *rates[planned.group], self._exchange[experts])
+        for name, weights in self._weights.items():
+            lr, weight_decay = rates[name]
+            torch._foreach_mul_(weights, 1.0 - lr * weight_decay)
+        for planned in self._plan:
+            self._update_batch(planned, rates[planned.group_name][0])
 
-    def _update_batch(
-        self,
-        planned: PlannedBatch,
-        lr: float,
-        weight_decay: float,
-        exchange: TensorParallelExchange,
-    ) -> None:
-        batch = planned.batch
-        directions = [_rows(unit.state[MOMENTUM], piece) for unit, piece in planned.places]
+    def _update_batch(self, planned: PlannedBatch, lr: float) -> None:
+        directions = planned.momenta
         if self._config.nesterov and directions:
-            gradients = [_rows(unit.gradient, piece) for unit, piece in planned.places]
             directions = list(torch._foreach_mul(directions, self._config.momentum))
-            torch._foreach_add_(directions, gradients)
-        matrices = exchange.gather(batch, directions)
-        matrices = newton_schulz(matrices, self._config.steps, self._config.dtype)
-        updates = exchange.scatter(batch, matrices.float(), directions)
-        if not updates:
-            return
-        weights = [_rows(unit.master, piece) for unit, piece in planned.places]
-        torch._foreach_mul_(weights, 1.0 - lr * weight_decay)
-        torch._foreach_add_(weights, updates, alpha=-lr * lr_scale(*batch.shape))
-
-
-def _rows(tensor: Tensor, piece: Piece) -> Tensor:
-    return tensor[piece.rows[0] : piece.rows[1]]
-
-
-def _batches(units: Sequence[Unit], group: ProcessGroup, steps: int) -> Iterator[PlannedBatch]:
-    """Group the matrices by shape, and share each batch out over a tensor-parallel group."""
-    own = [(unit, piece) for unit in units for piece in unit.pieces]
-    everyone = _gathered([(unit.group.name, piece) for unit, piece in own], group)
-    kinds: dict[tuple[str, tuple[int, int]], dict[Name, None]] = {}  # in order, each once
-    for of_rank in everyone:
-        for group_name, piece in of_rank:
-            kinds.setdefault((group_name, piece.shape), {})[piece.matrix] = None
-    total = sum(len(names) * shape[0] * shape[1] for (_, shape), names in kinds.items())
-    limit = min(total // BATCH_SHARE, BATCH_ELEMENTS)
-    loads = [0.0] * group.size()
-    for (group_name, shape), names in kinds.items():
-        size = max(group.size(), limit // (shape[0] * shape[1]))
-        for start in range(0, len(names), size):
-            chunk = list(names)[start : start + size]
-            cost = flops(*shape, steps)
-            owners = assign([cost] * len(chunk), group.size(), loads)
-            for owner in owners:
-                loads[owner] += cost
-            chosen = set(chunk)
-            yield PlannedBatch(
-                batch=Batch(
-                    shape=shape,
-                    names=tuple(chunk),
-                    owners=tuple(owners),
-                    pieces=tuple(
-                        tuple(piece for _, piece in of_rank if piece.matrix in chosen)
-                        for of_rank in everyone
-                    ),
-                ),
-                group=group_name,
-                places=tuple((unit, piece) for unit, piece in own if piece.matrix in chosen),
+            torch._foreach_add_(directions, planned.gradients())
+        matrices = planned.exchange.gather(directions)
+        updates = planned.exchange.scatter(self._orthogonalised(matrices))
+        if updates:
+            torch._foreach_add_(
+                planned.weights, updates, alpha=-lr * lr_scale(*planned.batch.shape)
             )
 
+    def _orthogonalised(self, matrices: Tensor) -> Tensor:
+        """`[B, fan_out, fan_in]` as well; `matrices` is overwritten."""
+        if not len(matrices):
+            return matrices
+        if matrices.shape[1] <= matrices.shape[2]:
+            return newton_schulz(matrices, self._config.steps, self._config.dtype)
+        wide = matrices.mT
+        if self._config.dtype == wide.dtype:  # which is computed in place
+            wide = wide.contiguous()
+        return newton_schulz(wide, self._config.steps, self._config.dtype).mT
 
-def _gathered(
-    own: list[tuple[str, Piece]], group: ProcessGroup
-) -> Sequence[Sequence[tuple[str, Piece]]]:
+
+def gathered(own: list[Held], group: ProcessGroup) -> Sequence[Sequence[Held]]:
+    """What each rank of `group` holds."""
     if group.size() == 1:
         return [own]
-    everyone: list[list[tuple[str, Piece]]] = [[] for _ in range(group.size())]
+    everyone: list[list[Held]] = [[] for _ in range(group.size())]
     dist.all_gather_object(everyone, own, group=group)
     return everyone
+
+
+def _batches(
+    held: Sequence[Sequence[Held]], rank: int, steps: Coefficients
+) -> Iterator[tuple[Batch, str, bool]]:
+    """Group the matrices by shape; what only `rank` holds apart from what ranks have to exchange.
+
+    Yields each batch, its group's name, and whether ranks exchange it: those on all ranks alike.
+    """
+    holders: dict[tuple[str, tuple[int, int]], dict[Name, set[int]]] = {}  # in order
+    for number, of_rank in enumerate(held):
+        for group_name, piece in of_rank:
+            kind = holders.setdefault((group_name, piece.shape), {})
+            kind.setdefault(piece.matrix, set()).add(number)
+    total = sum(len(names) * shape[0] * shape[1] for (_, shape), names in holders.items())
+    limit = min(total // len(held) // BATCH_SHARE, BATCH_ELEMENTS)  # of a rank
+    loads = [0.0] * len(held)
+    for (_, shape), names in holders.items():
+        for ranks in names.values():
+            if len(ranks) == 1:
+                loads[min(ranks)] += flops(*shape, len(steps))
+    for (group_name, shape), names in holders.items():
+        size = max(1, limit // (shape[0] * shape[1]))
+        alone = [name for name, ranks in names.items() if ranks == {rank}]
+        for chunk in _chunks(alone, size):
+            own = _pieces(held[rank : rank + 1], chunk)
+            yield Batch(shape, chunk, (0,) * len(chunk), own), group_name, False
+        shared = [name for name, ranks in names.items() if len(ranks) > 1]
+        for chunk in _chunks(shared, size * len(held)):
+            cost = flops(*shape, len(steps))
+            owners = tuple(assign([cost] * len(chunk), len(held), loads))
+            for owner in owners:
+                loads[owner] += cost
+            yield Batch(shape, chunk, owners, _pieces(held, chunk)), group_name, True
+
+
+def _chunks(names: Sequence[Name], size: int) -> Iterator[tuple[Name, ...]]:
+    for start in range(0, len(names), size):
+        yield tuple(names[start : start + size])
+
+
+def _pieces(held: Sequence[Sequence[Held]], names: Sequence[Name]) -> tuple[tuple[Piece, ...], ...]:
+    chosen = set(names)
+    return tuple(tuple(piece for _, piece in of_rank if piece.matrix in chosen) for of_rank in held)

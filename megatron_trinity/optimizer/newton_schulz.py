@@ -43,7 +43,12 @@ def newton_schulz(matrices: Tensor, steps: Coefficients, dtype: torch.dtype) -> 
     Returns: `[B, m, n]` in `dtype`; each matrix as if it were the only one.
     """
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
-    x = matrices.div_(norms.clamp_min_(EPS)).to(dtype)
+    out = (
+        matrices
+        if dtype == matrices.dtype
+        else torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
+    )
+    x = torch.div(matrices, norms.clamp_min_(EPS), out=out)
     if x.device.type == "cpu" and dtype == torch.float32:
         iterate_(x, steps)
         return x

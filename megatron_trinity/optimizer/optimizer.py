@@ -1,15 +1,16 @@
 """The optimizer of a Trinity model: Muon and AdamW as one, over all of Megatron's parallelism.
 
-A step: global gradient norm and clipping, Muon on the units that this rank owns, AdamW on those
-that it keeps, weights to all data-parallel ranks. Gradients come summed over data-parallel ranks,
-in Megatron's buffers. With `--use-distributed-optimizer` a rank keeps state only of the units that
-it owns; without it every rank keeps all, and each matrix is still orthogonalised once.
+A step: global gradient norm and clipping, Muon on the matrices that are this rank's work, AdamW on
+what it keeps, weights to all data-parallel ranks. Gradients come summed over those, in Megatron's
+buffers. With `--use-distributed-optimizer` a rank has the sums of its shards alone, and
+keeps the state of those (`shards`); without it every rank keeps all, and each matrix is still
+orthogonalised once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,21 +22,17 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import MegatronModule, param_is_not_shared
+from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from megatron_trinity.optimizer.assignment import assign
 from megatron_trinity.optimizer.exchange import Name, broadcast_from_owners
-from megatron_trinity.optimizer.muon import MOMENTUM, Muon, MuonConfig
-from megatron_trinity.optimizer.newton_schulz import coefficients, flops
+from megatron_trinity.optimizer.muon import MOMENTUM, Held, Muon, MuonConfig
+from megatron_trinity.optimizer.newton_schulz import coefficients
+from megatron_trinity.optimizer.owners import find_owners
 from megatron_trinity.optimizer.param_groups import Group
-from megatron_trinity.optimizer.units import (
-    MASTER,
-    UNASSIGNED,
-    Unit,
-    data_parallel,
-    gradient_of,
-    units_of,
-)
+from megatron_trinity.optimizer.ranks import data_parallel, held_by_ranks, matrix_group
+from megatron_trinity.optimizer.shards import Shards
+from megatron_trinity.optimizer.units import MASTER, Unit, gradient_of, units_in_shards, units_of
 
 MOMENTS = {"muon": (MOMENTUM,), "adamw": ("exp_avg", "exp_avg_sq")}
 KINDS_OF_RANKS = (False, True)  # experts or not
@@ -51,23 +48,32 @@ class TrinityOptimizer(MegatronOptimizer):
     is_stub_optimizer = False
 
     def __init__(
-        self, config: OptimizerConfig, model: Sequence[MegatronModule], groups: Sequence[Group]
+        self, config: OptimizerConfig, model: Sequence[Any], groups: Sequence[Group]
     ) -> None:
-        """Args: model: the chunks of this rank, unwrapped; groups: see `param_groups`.
+        """Args: model: the chunks of this rank, in Megatron's `DistributedDataParallel` where state
+        is shared; groups: see `param_groups`.
 
         Raises:
             TrinityError: a parameter is in no group or in two.
         """
-        self._sharded = config.use_layer_wise_distributed_optimizer
-        self._ranks = {experts: data_parallel(experts, self._sharded) for experts in KINDS_OF_RANKS}
-        self._model_parameters = [p for chunk in model for p in chunk.parameters()]
-        self._units = units_of(model, groups, self._ranks[False].size if self._sharded else 1)
-        self._find_owners()
-        self._kept = [unit for unit in self._units if not self._sharded or self._owns(unit)]
+        chunks: list[MegatronModule] = unwrap_model(list(model))
+        is_shared = config.use_layer_wise_distributed_optimizer
+        self._shards = Shards(model) if is_shared else None
+        self._ranks = {experts: data_parallel(experts, is_shared) for experts in KINDS_OF_RANKS}
+        self._model_parameters = [p for chunk in chunks for p in chunk.parameters()]
+        if self._shards:
+            self._units = units_in_shards(chunks, groups, self._shards.places)
+        else:
+            self._units = units_of(chunks, groups)
+            find_owners(self._units, self._ranks)
+        self._kept = [unit for unit in self._units if not self._shards or self._owns(unit)]
         for unit in self._kept:
-            unit.keep(*MOMENTS[unit.group.kind])
-        self._muon = Muon(muon_config(config), {e: dp.tensor for e, dp in self._ranks.items()})
-        self._muon.plan([unit for unit in self._of("muon") if self._owns(unit)])
+            moments = MOMENTS[unit.group.kind]
+            if self._shards:
+                self._shards.keep(unit, moments)
+            else:
+                unit.keep(*moments)
+        self._muon = self._planned_muon(muon_config(config))
         self._steps = 0  # that were applied
         adamw = self._adamw(config, groups)
         super().__init__(adamw, config)
@@ -126,7 +132,7 @@ class TrinityOptimizer(MegatronOptimizer):
     def step_with_ready_grads(self) -> bool:
         """Update every weight from gradients that need nothing more."""
         with self._timer("optimizer-inner-step"):
-            self._muon.accumulate(self._of("muon"))
+            self._muon.accumulate(*self._momenta_and_gradients())
             self._muon.update({g["name"]: (g["lr"], g["weight_decay"]) for g in self._groups})
             self._step_adamw()
             self._steps += 1
@@ -136,26 +142,15 @@ class TrinityOptimizer(MegatronOptimizer):
 
     def get_grad_norm(self) -> float:
         """Of all parameters of the model, each counted once; the same in every layout."""
-        of_dense, of_experts = torch.cat(
-            [
-                squared_norm(self._unique_gradients(of_experts), group)
-                for of_experts, group in (
-                    (False, parallel_state.get_model_parallel_group()),
-                    (True, parallel_state.get_expert_tensor_model_pipeline_parallel_group()),
-                )
-            ]
-        ).tolist()
-        return math.hypot(of_dense**0.5, of_experts**0.5)
+        squares = [squared_norm(*counted) for counted in self._counted_gradients()]
+        return math.hypot(*(square**0.5 for square in torch.cat(squares).tolist()))
 
     def count_zeros(self) -> float:
         """Number of zeros in the gradients of the whole model."""
         total = 0.0
-        for of_experts, group in (
-            (False, parallel_state.get_model_parallel_group()),
-            (True, parallel_state.get_expert_tensor_model_pipeline_parallel_group()),
-        ):
+        for gradients, group in self._counted_gradients():
             zeros = torch.zeros(1, device=torch.cuda.current_device())
-            for gradient in self._unique_gradients(of_experts):
+            for gradient in gradients:
                 zeros += gradient.numel() - torch.count_nonzero(gradient)
             dist.all_reduce(zeros, group=group)
             total += float(zeros)
@@ -195,7 +190,7 @@ class TrinityOptimizer(MegatronOptimizer):
         state: dict[str, Any] = {}
         for unit in self._kept:
             ranks = self._ranks[unit.experts]
-            replica = ranks.instance if self._sharded else ranks.rank
+            replica = ranks.instance if self._shards else ranks.rank
             tensors = dict(unit.state)
             if is_loading:  # the model's own weights, which these may be, are loaded meanwhile
                 tensors[MASTER] = torch.empty_like(unit.master)
@@ -211,39 +206,17 @@ class TrinityOptimizer(MegatronOptimizer):
         for unit in self._kept:
             for name, parts in state_dict["state"][unit.name].items():
                 for number, tensor in parts.items():
-                    unit.rows_of(unit.parts[int(number)], unit.state[name]).copy_(tensor)
+                    rows = unit.rows_of(unit.parts[int(number)], unit.state[name])
+                    rows.copy_(tensor.view(rows.shape))
         for state in self.optimizer.state.values():
             state["step"].fill_(self._steps)
-        self._share()
+        self._share(now=True)
 
     def _of(self, kind: str) -> list[Unit]:
         return [unit for unit in self._kept if unit.group.kind == kind]
 
     def _owns(self, unit: Unit) -> bool:
         return unit.owner == self._ranks[unit.experts].rank
-
-    def _find_owners(self) -> None:
-        """Share Muon's work out by FLOPs: experts first, then the rest on top of their load."""
-        loads: list[float] = []
-        for experts in (True, False):
-            ranks = self._ranks[experts]
-            free = [u for u in self._units if u.experts == experts and u.owner == UNASSIGNED]
-            costs = [_cost(unit) for unit in free]
-            owners = assign(costs, ranks.size, loads)
-            for unit, owner in zip(free, owners, strict=True):
-                unit.owner = owner
-            if experts:
-                own = sum(c for c, owner in zip(costs, owners, strict=True) if owner == ranks.rank)
-                loads = self._loads(own)
-
-    def _loads(self, own: float) -> list[float]:
-        """The experts' load of each data-parallel rank, the same on all tensor-parallel ranks."""
-        ranks = self._ranks[False]
-        loads = torch.zeros(ranks.size, dtype=torch.float64, device=torch.cuda.current_device())
-        loads[ranks.rank] = own
-        dist.all_reduce(loads, group=ranks.group)
-        dist.all_reduce(loads, op=dist.ReduceOp.MAX, group=ranks.tensor)
-        return [float(load) for load in loads]
 
     def _adamw(self, config: OptimizerConfig, groups: Sequence[Group]) -> torch.optim.AdamW:
         units = self._of("adamw")
@@ -275,39 +248,82 @@ class TrinityOptimizer(MegatronOptimizer):
         for unit in units:
             unit.master.grad = None
 
+    def _planned_muon(self, config: MuonConfig) -> Muon:
+        kept = [unit for unit in self._kept if unit.pieces and self._owns(unit)]
+        if not self._shards:
+            muon = Muon(config, {experts: dp.tensor for experts, dp in self._ranks.items()})
+            muon.plan(kept)
+            return muon
+        groups = {experts: matrix_group(ranks) for experts, ranks in self._ranks.items()}
+        held = {}
+        for experts, ranks in self._ranks.items():
+            by_rank: list[list[Held]] = [[] for _ in range(ranks.size)]
+            for unit in self._units:
+                if unit.experts == experts:
+                    by_rank[unit.owner] += [(unit.group.name, piece) for piece in unit.pieces]
+            held[experts] = held_by_ranks(ranks, by_rank, groups[experts])
+        muon = Muon(config, groups)
+        muon.plan(kept, held)
+        return muon
+
+    def _momenta_and_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        if self._shards and self._shards.are_summed:
+            muon = [shard for shard in self._shards.all if MOMENTUM in shard.state]
+            return [shard.state[MOMENTUM] for shard in muon], [shard.gradients for shard in muon]
+        units = self._of("muon")
+        return [unit.state[MOMENTUM] for unit in units], [unit.gradient for unit in units]
+
     def _clip(self, norm: float) -> None:
         limit = self.config.clip_grad
         factor = limit / (norm + 1e-6)
         if limit > 0.0 and factor < 1.0 and self._kept:
-            torch._foreach_mul_([unit.gradient for unit in self._kept], factor)
+            if self._shards and self._shards.are_summed:
+                gradients = [shard.gradients for shard in self._shards.all]
+            else:
+                gradients = [unit.gradient for unit in self._kept]
+            torch._foreach_mul_(gradients, factor)
 
-    def _unique_gradients(self, of_experts: bool) -> list[Tensor]:
+    def _counted_gradients(self) -> list[tuple[list[Tensor], dist.ProcessGroup]]:
+        """Those that this rank has and counts, and the ranks that count the others."""
         dense, experts = (self._ranks[kind].tensor for kind in KINDS_OF_RANKS)
+
+        def counts(parameter: nn.Parameter) -> bool:
+            return bool(
+                parameter.requires_grad
+                and param_is_not_shared(parameter)
+                and param_is_not_tensor_parallel_duplicate(parameter, dense, experts)
+            )
+
+        if self._shards:  # what an instance has is all there is, once
+            gradients = [unit.gradient for unit in self._kept if counts(unit.parameter)]
+            return [(gradients, parallel_state.get_intra_distributed_optimizer_instance_group())]
+        by_kind: dict[bool, list[Tensor]] = {False: [], True: []}
+        for parameter in filter(counts, self._model_parameters):
+            is_expert = not getattr(parameter, "allreduce", True)
+            by_kind[is_expert].append(gradient_of(parameter))
         return [
-            gradient_of(parameter)
-            for parameter in self._model_parameters
-            if parameter.requires_grad
-            and getattr(parameter, "allreduce", True) != of_experts
-            and param_is_not_shared(parameter)
-            and param_is_not_tensor_parallel_duplicate(parameter, dense, experts)
+            (by_kind[False], parallel_state.get_model_parallel_group()),
+            (by_kind[True], parallel_state.get_expert_tensor_model_pipeline_parallel_group()),
         ]
 
-    def _share(self) -> None:
-        """Bring the new weights into the model, on every data-parallel rank."""
-        if self._sharded:
-            self._copy_to_model()
-            self._broadcast({unit.name: unit.weights for unit in self._units})
-        else:
-            masters = {unit.name: unit.master for unit in self._of("muon")}
-            self._broadcast(masters)
-            self._copy_to_model()
+    def _share(self, now: bool = False) -> None:
+        """Bring the new weights into the model, on every data-parallel rank.
 
-    def _broadcast(self, tensors: Mapping[str, Tensor]) -> None:
+        Args: now: not only when the next forward pass asks for them.
+        """
+        if self._shards:
+            self._shards.to_model()
+            self._shards.gather(now)
+            return
+        self._broadcast_masters()
+        self._copy_to_model()
+
+    def _broadcast_masters(self) -> None:
         for experts, ranks in self._ranks.items():
             by_owner: list[list[Tensor]] = [[] for _ in range(ranks.size)]
-            for unit in self._units:
-                if unit.experts == experts and unit.name in tensors:
-                    by_owner[unit.owner].append(tensors[unit.name])
+            for unit in self._of("muon"):
+                if unit.experts == experts:
+                    by_owner[unit.owner].append(unit.master)
             broadcast_from_owners(by_owner, ranks.group)
 
     def _copy_to_model(self) -> None:
@@ -361,9 +377,3 @@ def _param_group(group: Group) -> dict[str, Any]:
         "weight_decay": group.weight_decay,
         "default_config": group.kind == "muon",  # whose rate is the log's "learning rate"
     }
-
-
-def _cost(unit: Unit) -> float:
-    """Of updating a unit: FLOPs, or elements where there is no matrix."""
-    shapes: Iterable[tuple[int, int]] = {p.matrix: p.shape for p in unit.pieces}.values()
-    return float(sum(flops(*shape, steps=1) for shape in shapes) or unit.weights.numel())

@@ -1,24 +1,22 @@
 """What one rank updates, and keeps the state of: parameters, or rows of them.
 
-Data-parallel ranks hold the same parameters. A parameter of Muon is one unit, since its matrices
-have to be whole. A matrix of AdamW is cut into as many units as there are ranks, by rows, so that
-the embedding's state is not the burden of one rank. Each unit has an owner among the ranks of its
-data-parallel group.
+Data-parallel ranks hold the same parameters. Where they share the optimizer's state, a parameter is
+as many units as there are ranks in whose shard of Megatron's buffers it has rows (`layout`). Else
+it is one unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from megatron_trinity.model.shards import local_row, parameter_parts
+from megatron_trinity.optimizer.layout import item_of, rows_in_shards
 from megatron_trinity.optimizer.matrices import Interval, Piece, pieces
 from megatron_trinity.optimizer.param_groups import Group, group_of
 
@@ -29,40 +27,16 @@ UNASSIGNED = -1
 
 
 @dataclass(frozen=True)
-class DataParallel:
-    """The ranks that hold the same parameters, as the optimizer sees them.
+class Place:
+    """Where a parameter lies in its bucket.
 
     Attributes:
-        group: the ranks that share the work of an optimizer instance.
-        size, rank: of that group.
-        instance: number of this rank's instance.
-        tensor: the tensor-parallel group of the same parameters.
+        start: elements from the start of the bucket.
+        shard: elements of the bucket that each data-parallel rank has.
     """
 
-    group: ProcessGroup
-    size: int
-    rank: int
-    instance: int
-    tensor: ProcessGroup
-
-
-def data_parallel(experts: bool, sharded: bool) -> DataParallel:
-    """The groups of the experts' parameters, or of all others.
-
-    Args:
-        sharded: whether several optimizer instances may stand beside each other.
-    """
-    if experts:
-        group = parallel_state.get_expert_data_parallel_group(partial_expert_data_parallel=sharded)
-        whole = parallel_state.get_expert_data_parallel_group()
-        tensor = parallel_state.get_expert_tensor_parallel_group()
-    else:
-        group = parallel_state.get_data_parallel_group(
-            with_context_parallel=True, partial_data_parallel=sharded
-        )
-        whole = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        tensor = parallel_state.get_tensor_model_parallel_group()
-    return DataParallel(group, group.size(), group.rank(), whole.rank() // group.size(), tensor)
+    start: int
+    shard: int
 
 
 @dataclass
@@ -77,7 +51,8 @@ class Unit:
         experts: whether it belongs to the experts' data-parallel group.
         parts: where its rows stand in canonical tensors.
         pieces: its matrices; empty for AdamW.
-        owner: rank of the data-parallel group that updates it; UNASSIGNED until one is found.
+        owner: rank of the data-parallel group that updates it; UNASSIGNED until one is found. Where
+            state is shared, the one in whose shard it lies.
         state: fp32 weights and moments, of the rows' shape, on ranks that keep them.
     """
 
@@ -119,6 +94,10 @@ class Unit:
         master = self.weights.float()
         self.state = {MASTER: master, **{name: torch.zeros_like(master) for name in moments}}
 
+    def rows_of_piece(self, tensor: Tensor, piece: Piece) -> Tensor:
+        """What a piece covers of a tensor of the unit's shape."""
+        return tensor[piece.rows[0] - self.rows[0] : piece.rows[1] - self.rows[0]]
+
     def sharded(self, name: str, tensor: Tensor, replica: int) -> dict[str, ShardedTensor]:
         """The unit's `tensor` as parts of the canonical tensor of that `name`.
 
@@ -143,43 +122,62 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
 
 
 def _part(part: ShardedTensor, prefix: str, data: Tensor, replica: int) -> ShardedTensor:
+    # Megatron saves cut tensors only if they have all axes of the whole one.
+    leading = part.prepend_axis_num if part.axis_fragmentations is None else 0
+    shape = (1,) * leading + tuple(data.shape)
     return replace(
         part,
         key=f"{prefix}.{part.key}",
-        data=data,
+        data=data.view(shape),
         dtype=data.dtype,
+        local_shape=shape,
+        prepend_axis_num=part.prepend_axis_num - leading,
         replica_id=(*part.replica_id[:-1], replica),
     )
 
 
-def units_of(model: Sequence[MegatronModule], groups: Sequence[Group], ranks: int) -> list[Unit]:
-    """The units of this rank's model chunks, in the order of their parameters.
-
-    Args:
-        ranks: how many units a matrix of AdamW is cut into; 1 leaves it whole.
+def units_of(model: Sequence[MegatronModule], groups: Sequence[Group]) -> list[Unit]:
+    """The parameters of this rank's model chunks as a unit each, in their order.
 
     Raises:
         TrinityError: a parameter is in no group or in two.
     """
-    by_name = {group.name: group for group in groups}
+    return [
+        _unit(group, parameter, (0, parameter.shape[0]), parts, own)
+        for group, parameter, parts, own in _held(model, groups)
+    ]
+
+
+def units_in_shards(
+    model: Sequence[MegatronModule], groups: Sequence[Group], places: Mapping[nn.Parameter, Place]
+) -> list[Unit]:
+    """A unit for the rows of each parameter in each rank's shard.
+
+    Raises:
+        TrinityError: a parameter is in no group or in two.
+    """
     units = []
+    for group, parameter, parts, own in _held(model, groups):
+        place = places[parameter]
+        for rank, rows in rows_in_shards(place.start, item_of(parameter), place.shard):
+            cut = [part for whole in parts for part in _cut(whole, parameter, rows)]
+            within = [piece for whole in own for piece in whole.within(rows)]
+            unit = _unit(group, parameter, rows, cut, within)
+            unit.owner = rank
+            units.append(unit)
+    return units
+
+
+def _held(
+    model: Sequence[MegatronModule], groups: Sequence[Group]
+) -> Iterator[tuple[Group, nn.Parameter, list[ShardedTensor], list[Piece]]]:
+    """Every parameter, with its group, the canonical tensors and the matrices of Muon in it."""
+    by_name = {group.name: group for group in groups}
     for chunk in model:
         for parameter, parts in parameter_parts(chunk):
             group = by_name[group_of(parts[0].key)]
-            rows = parameter.shape[0]
-            if group.kind == "muon":
-                own = pieces(parameter, parts, chunk.config)
-                units.append(_unit(group, parameter, (0, rows), parts, own))
-            elif parameter.ndim == 1 or ranks == 1:
-                units.append(_unit(group, parameter, (0, rows), parts, []))
-            else:
-                for rank in range(ranks):
-                    cut = (rows * rank // ranks, rows * (rank + 1) // ranks)
-                    if cut[0] < cut[1]:
-                        unit = _unit(group, parameter, cut, [_cut(p, cut) for p in parts], [])
-                        unit.owner = rank
-                        units.append(unit)
-    return units
+            is_muon = group.kind == "muon"
+            yield group, parameter, parts, pieces(parameter, parts, chunk.config) if is_muon else []
 
 
 def _unit(
@@ -202,15 +200,22 @@ def _unit(
     )
 
 
-def _cut(part: ShardedTensor, rows: Interval) -> ShardedTensor:
-    """Rows of a part that is a whole parameter; where they start need not be a multiple of them."""
-    start, stop = rows
+def _cut(part: ShardedTensor, parameter: nn.Parameter, rows: Interval) -> Iterator[ShardedTensor]:
+    """What of a part lies in these rows of its parameter, if anything.
+
+    Where it starts need not be a multiple of its size. What is whole says so too: Megatron wants
+    that of all parts of a tensor or of none.
+    """
+    own = local_row(part.data, parameter)
+    start, stop = max(rows[0], own), min(rows[1], own + part.local_shape[0])
+    if start >= stop:
+        return
     leading = part.prepend_axis_num
     offset = list(part.global_offset)
-    offset[leading] += start
-    return replace(
+    offset[leading] += start - own
+    yield replace(
         part,
-        data=part.data[start:stop],
+        data=part.data[start - own : stop - own],
         local_shape=(stop - start, *part.local_shape[1:]),
         global_offset=tuple(offset),
         axis_fragmentations=None,

@@ -52,7 +52,7 @@ class BuiltRank:
         stage: its pipeline rank.
         dense, expert: parameters outside and inside of routed experts.
         dense_ranks, expert_ranks: ranks that share the optimizer state of each kind.
-        largest: parameters of its largest tensor that stays whole where state is sharded.
+        adamw: of `dense`, those that AdamW updates.
         unique: its parameters, each divided by the number of ranks that hold the same ones; over
             all ranks this sums to the number of parameters of the model.
         boxes: its part of every parameter.
@@ -65,7 +65,7 @@ class BuiltRank:
     expert: int
     dense_ranks: int
     expert_ranks: int
-    largest: int
+    adamw: int
     unique: Fraction
     boxes: tuple[Box, ...]
 
@@ -216,9 +216,7 @@ def _inspect(models: list[Any], groups: Any, rank: int) -> BuiltRank:
         expert=expert,
         dense_ranks=groups.intra_dp_cp.size(),
         expert_ranks=groups.intra_expt_dp.size(),
-        largest=max(
-            (p.numel() for model in models for p in model.parameters() if not _is_cut(p)), default=0
-        ),
+        adamw=sum(p.numel() for model in models for p in model.parameters() if _is_adamw(p)),
         unique=unique,
         boxes=tuple(box for model in models for box in _boxes(model)),
     )
@@ -275,6 +273,8 @@ def _quiet() -> contextlib.AbstractContextManager[Any]:
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def _is_cut(parameter: torch.nn.Parameter) -> bool:
-    """Whether sharding cuts it by rows: what AdamW updates, of which embedding and output count."""
-    return bool(getattr(parameter, "is_embedding_or_output_parameter", False))
+def _is_adamw(parameter: torch.nn.Parameter) -> bool:
+    """Whether AdamW updates it under Muon: embedding, output and gains."""
+    return parameter.ndim == 1 or bool(
+        getattr(parameter, "is_embedding_or_output_parameter", False)
+    )

@@ -99,7 +99,8 @@ class LayoutCheck:
                 fullest.expert,
                 fullest.dense_ranks,
                 fullest.expert_ranks,
-                fullest.largest,
+                fullest.adamw,
+                2 if self.args.grad_reduce_in_bf16 else 4,
             )
             parameters = fullest.dense + fullest.expert
             stages.append(Stage(number, chunks, parameters, state, flops / mean))

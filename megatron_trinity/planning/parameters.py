@@ -10,9 +10,10 @@ WEIGHT_BYTES = 2
 """bf16."""
 GRADIENT_BYTES = 4
 """fp32, accumulated over micro-batches and reduced."""
-OPTIMIZER_BYTES = 12
-"""fp32 weight and AdamW's two moments, each on one rank of those that hold the parameter. Muon has
-one moment, so for its matrices this is 4 bytes too many."""
+MUON_BYTES = 8
+"""fp32 weight and momentum, each on one rank of those that hold the parameter."""
+ADAMW_BYTES = 12
+"""fp32 weight and two moments, likewise."""
 
 
 def layer_parameters(sizes: ModelSizes, kind: LayerKind, experts: int) -> int:
@@ -36,16 +37,24 @@ def total_parameters(sizes: ModelSizes, vocab_size: int | None = None) -> int:
 
 
 def training_state_bytes(
-    dense: int, expert: int, dense_ranks: int, expert_ranks: int, largest: int
+    dense: int,
+    expert: int,
+    dense_ranks: int,
+    expert_ranks: int,
+    adamw: int,
+    gradient_bytes: int = GRADIENT_BYTES,
 ) -> int:
     """Weights, gradients and sharded optimizer state of one rank, without activations.
+
+    Gradients stay whole on a rank until the next step, of which it has the sums of its own share.
 
     Args:
         dense, expert: parameters that the rank holds outside and inside of routed experts.
         dense_ranks, expert_ranks: how many ranks share the optimizer state of each kind.
-        largest: parameters of the largest tensor that Muon updates. Those are whole on their ranks,
-            so one of them has at most that much on top of an even share.
+        adamw: those of `dense` that AdamW updates.
+        gradient_bytes: 2 where gradients are summed in bf16.
     """
-    held = (WEIGHT_BYTES + GRADIENT_BYTES) * (dense + expert)
+    held = (WEIGHT_BYTES + gradient_bytes) * (dense + expert)
     share = math.ceil(dense / dense_ranks) + math.ceil(expert / expert_ranks)
-    return held + OPTIMIZER_BYTES * (share + largest)
+    moments = ADAMW_BYTES - MUON_BYTES
+    return held + MUON_BYTES * share + moments * math.ceil(adamw / dense_ranks)

@@ -6,8 +6,10 @@ Shapes: L layers of the model, E experts.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_trinity.errors import TrinityError
-from megatron_trinity.moe.router import TrinityRouter
+from megatron_trinity.moe.router import TrinityRouter, balance
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class StepBalance:
         bias: `[len(layers), E]` fp32, after the update.
         sequence_losses: `[len(layers)]` fp32, sums over the sequences of the global batch, before
             the coefficient.
+        told: what was given to be summed over all ranks; None if nothing was.
     """
 
     layers: tuple[int, ...]
     counts: Tensor
     bias: Tensor
     sequence_losses: Tensor
+    told: Tensor | None = None
 
 
 def routers(model: Sequence[Any]) -> list[TrinityRouter]:
@@ -55,7 +59,11 @@ def moe_layers(args: Namespace) -> tuple[int, ...]:
 
 
 def balance_experts(
-    model: Sequence[Any], layers: Sequence[int], num_experts: int, applied: bool
+    model: Sequence[Any],
+    layers: Sequence[int],
+    num_experts: int,
+    applied: bool,
+    told: Tensor | None = None,
 ) -> StepBalance:
     """Count the step's tokens over all ranks, and move the biases if the step was applied.
 
@@ -65,34 +73,51 @@ def balance_experts(
     Args:
         layers: `moe_layers` of the model.
         num_experts: E.
+        told: `[any]` int64, summed over all ranks in the same exchange.
     """
     device = torch.cuda.current_device()
     local = {router.layer_number: router for router in routers(model)}
     counted = {number: router.tokens_per_expert for number, router in local.items()}
     lost = {number: router.sequence_loss for number, router in local.items()}
-    no_counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
-    no_bias = torch.zeros(num_experts, device=device)
-    # No index of layers: a list of numbers would be copied to the device, and waited for.
-    counts = torch.stack([counted.get(number, no_counts) for number in layers])
-    losses = torch.stack([lost.get(number, no_bias[0]) for number in layers])
+    blank = partial(torch.zeros, device=device)
+    counts = _in_order(counted, layers, partial(blank, num_experts, dtype=torch.int64))
+    losses = _in_order(lost, layers, partial(blank, ()))
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    summed = counts if told is None else torch.cat([counts.flatten(), told])
     if local:
         torch._foreach_zero_([*counted.values(), *lost.values()])
         # Every rank that has routed tokens of these layers: tensor (its parts of the sequence),
         # context and data parallel; expert parallelism divides the same ranks otherwise.
         group = next(iter(local.values())).tp_dp_cp_group
-        dist.all_reduce(counts, group=group)
+        dist.all_reduce(summed, group=group)
         dist.all_reduce(losses, group=group)
         if applied:
-            for of_layer, number in zip(counts, layers, strict=True):
-                if number in local:
-                    local[number].balance(of_layer)
+            counts = summed[: counts.numel()].view(counts.shape)
+            here = [number in local for number in layers]
+            # A list of numbers would be copied to the device, and waited for.
+            of_local = counts if all(here) else torch.stack(list(compress(counts, here)))
+            balance([local[number] for number in layers if number in local], of_local)
+    elif told is not None:  # a stage without experts has ranks that were told something, too
+        of_stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        dist.all_reduce(summed, group=of_stage)
     moved = {number: router.expert_bias for number, router in local.items()}
-    bias = torch.stack([moved.get(number, no_bias) for number in layers])
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    bias = _in_order(moved, layers, partial(blank, num_experts))
     if pipeline.size() > 1:
-        for tensor in (counts, bias, losses):
+        for tensor in (summed, bias, losses):
             dist.all_reduce(tensor, group=pipeline)
-    return StepBalance(tuple(layers), counts, bias, losses)
+    if told is not None:
+        told = summed[counts.numel() :]
+    counts = summed[: counts.numel()].view(counts.shape) if told is not None else summed
+    return StepBalance(tuple(layers), counts, bias, losses, told)
+
+
+def _in_order(
+    of_local: Mapping[int, Tensor], layers: Sequence[int], blank: Callable[[], Tensor]
+) -> Tensor:
+    """The values of all layers; `blank` makes that of one on another pipeline stage."""
+    missing = blank() if len(of_local) < len(layers) else None
+    values: Any = [of_local.get(number, missing) for number in layers]
+    return torch.stack(values)
 
 
 def forget_counts(model: Sequence[Any]) -> None:

@@ -21,14 +21,18 @@ from megatron_trinity.checkpoint.iterations import (
     mark_interrupted,
     number_of,
 )
-from megatron_trinity.checkpoint.torch_dist.read import TorchDistTensors
+from megatron_trinity.checkpoint.rank_files.checkpoint import RankCheckpoint, rank_files
+from megatron_trinity.checkpoint.torch_dist.read import TorchDistCheckpoint, TorchDistTensors
 from megatron_trinity.checkpoint.whole.candidates import discard, superfluous, sweep
 from megatron_trinity.checkpoint.whole.hold import Hold
 from megatron_trinity.checkpoint.whole.manifest import faults, read_manifest, write_manifest
+from megatron_trinity.data.run_data import RunData
 from megatron_trinity.errors import StepError, TrinityError
+from megatron_trinity.training.data_given import given_values
 from megatron_trinity.training.finite import nonfinite_value
 from megatron_trinity.training.load_paths import goes_on_in_save
-from megatron_trinity.training.resume import candidates, refuse_skipped, unusable
+from megatron_trinity.training.resume import candidates, refuse_skipped, start_of, unusable
+from megatron_trinity.training.spikes import HISTORY
 from megatron_trinity.upstream.checkpoint_failures import REMEDY, what_failed
 from megatron_trinity.upstream.checkpoint_sums import take_sums
 from megatron_trinity.upstream.checkpoint_tracker import TRACKER, named_by, replacing
@@ -43,12 +47,20 @@ class WholeCheckpoints:
         args: of the run.
         checked: the iteration of which `check_checkpoint` has seen that it is of this run.
         held: `--save`, on rank 0.
+        data: what the run reads; None for mock data.
     """
 
-    def __init__(self, args: Namespace, checked: Path | None, held: Hold | None) -> None:
+    def __init__(
+        self,
+        args: Namespace,
+        checked: Path | None,
+        held: Hold | None,
+        data: RunData | None = None,
+    ) -> None:
         self._args = args
         self._checked = checked
         self._held = held
+        self._data = data
 
     def check_values(self, model: Sequence[Any], optimizer: Any, directory: Path) -> None:
         """Save nothing that is not finite.
@@ -61,6 +73,8 @@ class WholeCheckpoints:
                 f"{found} is not finite, so {directory.name} is not saved and the checkpoint "
                 "before it stays the newest; start again from that one"
             )
+        if self._data is not None and self._data.plan is not None:
+            self._args.data_given = given_values(self._data.plan, self._args.consumed_train_samples)
 
     def before_save(self, directory: Path) -> None:
         """Remove what another run has left where this one is about to write."""
@@ -150,6 +164,9 @@ class WholeCheckpoints:
                 f"{found} is not finite in {directory}, so no training can go on from it; move it "
                 "away to start from the one before, or name one with --ckpt-step"
             )
+        if self._args.spike_factor and start_of(self._args, directory):
+            kind = RankCheckpoint if rank_files(directory) else TorchDistCheckpoint
+            setattr(self._args, HISTORY, getattr(kind(directory).args, HISTORY, {}))
 
     def _fault(self, path: Path) -> str | None:
         """What is wrong with an iteration, the same on every rank; each reads its share."""

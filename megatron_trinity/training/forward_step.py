@@ -105,7 +105,7 @@ def poisoned(total: Tensor) -> Tensor:
     An infinite loss may well have finite gradients, which would be applied. The norm of NaN
     gradients tells every rank, with no exchange or host sync of its own.
     """
-    return total * torch.where(total.detach().isfinite(), 1.0, torch.nan)
+    return total * (total.detach() * 0.0 + 1.0)
 
 
 def cross_entropy_loss(loss_mask: Tensor, output: Tensor) -> Loss:

@@ -9,7 +9,13 @@ from torch import Tensor
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same values in fp64 and the same shapes on the host, which waits for the device once."""
-    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).cpu()
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    """The same on the host, which waits for the device once.
+
+    What is sent are their bytes: one launch puts them side by side, whatever their types.
+    """
+    parts = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    read = torch.cat(parts).cpu().split([part.numel() for part in parts])
+    return [
+        part.clone().view(tensor.dtype).view(tensor.shape)
+        for part, tensor in zip(read, tensors, strict=True)
+    ]

@@ -41,8 +41,7 @@ class MicroBatchRecord:
             mean_logits: sum over these tokens of the mean of each one's logits.
         """
         values = (loss_sum, tokens, mean_logits, largest_logit)
-        row = torch.stack([value.detach().double() for value in values])
-        self._rows.append(row)
+        self._rows.append(torch.stack([value.detach() for value in values]))
 
     def reduce(self, groups: ProcessGroupCollection | None = None) -> dict[str, float]:
         """`step_values` of `totals`."""
@@ -61,25 +60,25 @@ class MicroBatchRecord:
         """
         if not self._rows:
             return None
-        sums, tokens, mean_logits, largest = torch.stack(self._rows, dim=1)
+        rows = torch.stack(self._rows).double()
         self._rows.clear()
         if groups is None:
             groups = ProcessGroupCollection.use_mpu_process_groups(["cp", "dp", "dp_cp"])
 
-        of_sequence = torch.stack([sums, tokens, mean_logits])
-        _all_reduce(of_sequence, dist.ReduceOp.SUM, groups.cp)
-        sums, tokens, mean_logits = of_sequence
+        if groups.cp.size() > 1:
+            of_sequence = rows[:, :-1].contiguous()
+            _all_reduce(of_sequence, dist.ReduceOp.SUM, groups.cp)
+            rows = torch.cat([of_sequence, rows[:, -1:]], dim=1)
+        sums, tokens, mean_logits, largest = rows.unbind(1)
         # Those without a token are masked: picking the others would have to know their number.
-        has_tokens = tokens > 0
+        without = tokens == 0
         losses = sums / tokens
 
-        highest = losses.masked_fill(~has_tokens, -torch.inf).max()
-        maxima = torch.stack([highest, largest.max()])
+        highest = losses.masked_fill(without, -torch.inf)
+        maxima = torch.stack([highest, largest]).amax(1)
         _all_reduce(maxima, dist.ReduceOp.MAX, groups.dp_cp)
-        losses = losses.masked_fill(~has_tokens, 0.0)
-        mean_logits = mean_logits.masked_fill(~has_tokens, 0.0)
-        number = has_tokens.sum().double()
-        totals = torch.stack([losses.sum(), number, mean_logits.sum(), tokens.sum()])
+        counted = torch.stack([losses, torch.ones_like(tokens), mean_logits, tokens])
+        totals = counted.masked_fill(without, 0.0).sum(1)
         _all_reduce(totals, dist.ReduceOp.SUM, groups.dp)
         return torch.cat([maxima, totals])
 

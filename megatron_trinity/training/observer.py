@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +14,7 @@ from megatron.training.utils import print_rank_last
 from torch import Tensor
 
 from megatron_trinity.checkpoint.whole.hold import Hold
+from megatron_trinity.data.run_data import RunData
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.moe.metrics import LoadMetrics, by_layer, load_metrics, summary
 from megatron_trinity.training.alarm import Alarms
@@ -24,14 +24,22 @@ from megatron_trinity.training.balance import (
     forget_counts,
     moe_layers,
 )
+from megatron_trinity.training.data_given import (
+    data_line,
+    evaluation_line,
+    evaluation_values,
+    scalars,
+)
 from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.host import on_host
+from megatron_trinity.training.leaving import Leaving
 from megatron_trinity.training.metrics import StepMetrics
 from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
+from megatron_trinity.training.spikes import LOSS, NORM, Spikes, on_all_stages
 from megatron_trinity.training.step_guard import StepGuard
+from megatron_trinity.training.watch import Watch
 from megatron_trinity.upstream.training_hooks import StepOutcome
-
-METRICS = [field.name for field in fields(LoadMetrics)]
+from megatron_trinity.upstream.validation_samples import EvaluatedSet
 
 
 class StepObserver:
@@ -48,16 +56,24 @@ class StepObserver:
         record: MicroBatchRecord,
         flops: StepFlops,
         held: Hold | None = None,
+        data: RunData | None = None,
+        leaving: Leaving | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """`record` is what the loss function writes to, `flops` what the loop asks.
 
-        `held` is `--save` on rank 0: a run that has lost it ends with the next step.
+        `held` is `--save` on rank 0: a run that has lost it ends with the next step. `data` is what
+        the run reads. `leaving` hears behind each step whether a rank was told to stop; `watch` is
+        told of each step.
         """
+        self._leaving, self._watch = leaving, watch
         self._held = held
+        self._data = data
         self._args = args
         self._record = record
         self._flops = flops
         self._guard = StepGuard(args)
+        self._spikes = Spikes(args)
         per_gpu = (lambda: flops.newest / args.world_size) if args.log_throughput else None
         self._speed = StepMetrics(flops_per_gpu=per_gpu)
         self._alarms = Alarms(args.alarm_window)
@@ -65,6 +81,14 @@ class StepObserver:
         self._sequence_loss: dict[str, float] = {}
         self._interval: list[Mapping[str, float]] = []
         self._rates: Mapping[str, float] = {}
+
+    def step_begins(self, iteration: int, optimizer: Any) -> None:
+        """Tell those who watch."""
+        self._spikes.begins(optimizer)
+        if self._leaving is not None:
+            self._leaving.step_begins()
+        if self._watch is not None:
+            self._watch.step_begins(iteration)
 
     def step_restarted(self, model: Sequence[Any]) -> None:
         """Forget what the first try has counted."""
@@ -80,14 +104,21 @@ class StepObserver:
         """
         if self._held is not None:
             self._held.check(look=False)
+        if self._watch is not None:
+            self._watch.step_ends()
         self._rates = other_rates(optimizer.param_groups)
         self._losses = {}
         if self._guard.drops(model, outcome):
             self._forget(model)
             return
         layers = moe_layers(self._args)
-        balance = balance_experts(model, layers, self._args.num_experts, outcome.applied)
+        told = None if self._leaving is None else self._leaving.told()
+        balance = balance_experts(model, layers, self._args.num_experts, outcome.applied, told)
         metrics, values = self._read(balance, outcome)
+        if self._args.spike_factor and outcome.norm is not None:
+            loss = on_all_stages(self._losses.get(LOSS))
+            judged = {LOSS: loss, NORM: float(outcome.norm)}
+            self._spikes.ends(self._iteration, judged, outcome.applied)
         by_number = by_layer(metrics, layers)
         values |= summary(metrics)
         self._interval.append(values)
@@ -107,9 +138,20 @@ class StepObserver:
         if self._interval and self._iteration % self._args.log_interval == 0:
             print_rank_last(balance_line(self._iteration, self._interval, self._rates))
             self._interval.clear()
+            self._tell_data()
 
-    def evaluated(self, losses: Mapping[str, Tensor]) -> None:
-        """Refuse to go on from a validation that says nothing.
+    def ends_evaluation(self) -> bool:
+        """Behind a batch of an evaluation: whether the run leaves, and this one with it."""
+        if self._watch is not None:
+            self._watch.alive()
+        return self._leaving is not None and self._leaving.ask()
+
+    def leaves(self, iteration: int, saved: bool, save: Callable[[], None]) -> bool:
+        """Whether the run leaves behind this step; it has saved then."""
+        return self._leaving is not None and self._leaving.leaves(iteration, saved, save)
+
+    def evaluated(self, losses: Mapping[str, Tensor], of_set: EvaluatedSet) -> None:
+        """Say what the loss means a token and a byte; refuse one that says nothing.
 
         Raises:
             TrinityError: a loss is not a number.
@@ -121,6 +163,21 @@ class StepObserver:
                     "carries a loss (documents of one token, or masked as a whole?), or what the "
                     "model computes is not finite"
                 )
+
+        if self._data is not None and "lm loss" in losses:
+            ratio = self._data.bytes_per_token(of_set.name, of_set.of_test)
+            values = evaluation_values(float(losses["lm loss"]), ratio)
+            print_rank_last(evaluation_line(of_set.name, values))
+            suffix = f"-{of_set.name}" if of_set.name else ""
+            self._write({f"{name} validation{suffix}": v for name, v in values.items()})
+
+    def _tell_data(self) -> None:
+        """Write what each source has given, beneath the line of balance."""
+        if self._data is None or self._data.plan is None:
+            return
+        given = self._data.plan.given(self._args.consumed_train_samples)
+        print_rank_last(data_line(self._iteration, given))
+        self._write(scalars(given))
 
     def _forget(self, model: Sequence[Any]) -> None:
         forget_counts(model)
@@ -136,24 +193,28 @@ class StepObserver:
         self, balance: StepBalance, outcome: StepOutcome
     ) -> tuple[LoadMetrics, dict[str, float]]:
         """All that the host has to know of the step, for which it waits once."""
-        metrics = load_metrics(balance.counts, balance.bias)
         totals = self._record.totals()
-        read = on_host(
+        lost = (balance.sequence_losses,) if self._args.seq_aux_loss_coeff else ()
+        counts, bias, *read = on_host(
             [
-                *(getattr(metrics, name) for name in METRICS),
-                balance.sequence_losses.sum(),
+                balance.counts,
+                balance.bias,
+                *(() if balance.told is None else (balance.told,)),
                 *outcome.losses.values(),
                 *(() if totals is None else (totals,)),
+                *lost,
             ]
         )
-        of_layers, (sequence_loss, *rest) = read[: len(METRICS)], read[len(METRICS) :]
-        losses = zip(outcome.losses, rest, strict=False)
+        if self._leaving is not None:
+            self._leaving.heard(read.pop(0).tolist())
+        metrics = load_metrics(counts, bias)
+        losses = zip(outcome.losses, read, strict=False)
         self._losses = {name: float(value) for name, value in losses}
         if self._args.seq_aux_loss_coeff:
-            total = self._args.seq_aux_loss_coeff * float(sequence_loss)
+            total = self._args.seq_aux_loss_coeff * float(read.pop().sum())
             self._sequence_loss = {"sequence loss": total / get_current_global_batch_size()}
-        values = {} if totals is None else step_values(rest[-1].tolist())
-        return LoadMetrics(*of_layers), values
+        values = {} if totals is None else step_values(read[-1].tolist())
+        return metrics, values
 
     def _write(self, values: Mapping[str, float]) -> None:
         tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()

@@ -10,28 +10,32 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.utils import unwrap_model
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import print_rank_0
 
+from megatron_trinity.optimizer.layout import mark_parameters, parameter_layout
 from megatron_trinity.optimizer.optimizer import TrinityOptimizer
 from megatron_trinity.optimizer.param_groups import groups_from_args, summary
 from megatron_trinity.optimizer.units import Unit
 from megatron_trinity.upstream.optimizer_factory import set_optimizer_factory, set_schedule_start
+from megatron_trinity.upstream.parameter_layout import set_parameter_layout
 
 
 def set_up_optimizer(args: Namespace) -> None:
     """Let Megatron's setup make the optimizer and the schedule that `args` ask for."""
-    set_optimizer_factory(partial(build_optimizer, args) if args.optimizer == "muon" else None)
+    is_muon = args.optimizer == "muon"
+    set_optimizer_factory(partial(build_optimizer, args) if is_muon else None)
+    set_parameter_layout(parameter_layout if is_muon else None)
     set_schedule_start(args.lr_restart_samples)
 
 
 def container_from_args(args: Namespace, model_config: Any) -> Any:
     """Megatron's configuration of a run."""
     container = pretrain_cfg_container_from_args(args, model_config)
-    if args.optimizer == "muon":
-        # Instances are of the optimizer alone: gradients are summed over all of them at once.
-        container.ddp.num_distributed_optimizer_instances = 1
+    if args.use_layer_wise_distributed_optimizer:  # so Megatron calls sharding under muon
+        container.ddp.use_distributed_optimizer = True
+        marked = partial(mark_parameters, groups_from_args(args))
+        container.model.pre_wrap_hooks.append(marked)
     return container
 
 
@@ -40,7 +44,7 @@ def build_optimizer(
 ) -> TrinityOptimizer:
     """The optimizer of this rank's model chunks; says on rank 0 who updates what."""
     groups = groups_from_args(args)
-    optimizer = TrinityOptimizer(config, unwrap_model(model), groups)
+    optimizer = TrinityOptimizer(config, model, groups)
     for line in summary(groups, _shapes_of_model(optimizer.units)):
         print_rank_0(line)
     return optimizer

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from megatron.core.enums import ModelType
 from megatron.training.async_utils import maybe_finalize_async_save
@@ -13,24 +16,32 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.training import pretrain as megatron_pretrain
 from megatron.training.utils import print_rank_0
 
+from megatron_trinity.arguments.data import data_notes
 from megatron_trinity.arguments.machine import machine_notes
 from megatron_trinity.arguments.parse import parse_arguments
 from megatron_trinity.arguments.stages import stage_notes
-from megatron_trinity.data.datasets import train_valid_test_datasets
+from megatron_trinity.data.datasets import dataset_provider
+from megatron_trinity.data.run_data import run_data
 from megatron_trinity.data.sources import check_data, check_manifests
 from megatron_trinity.errors import StepError, UsageError
 from megatron_trinity.model.config import model_config_from_args
 from megatron_trinity.training.balance import announce_balance
 from megatron_trinity.training.checkpoints import WholeCheckpoints
+from megatron_trinity.training.data_given import note_data
 from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.forward_step import forward_step
 from megatron_trinity.training.held_save import held_save
+from megatron_trinity.training.leaving import Leaving
+from megatron_trinity.training.load_paths import goes_on_in_save
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
 from megatron_trinity.training.profiles import check_profile
 from megatron_trinity.training.resume import check_checkpoint, start_of
+from megatron_trinity.training.spikes import SKIPPED, noted
+from megatron_trinity.training.stop import Stop, stopping
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
+from megatron_trinity.training.watch import Watch
 from megatron_trinity.training.weights_and_biases import telling_wandb
 from megatron_trinity.upstream.assertions import refusing
 from megatron_trinity.upstream.checkpoint_hooks import set_checkpoint_hooks
@@ -43,10 +54,19 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         TrinityError: what was asked for cannot work; in one line.
+        Stopped: the run was told to stop, or another rank is gone.
+        SystemExit: with code 0, behind `--exit-interval`.
     """
+    with stopping() as stop:
+        _pretrain(argv, stop)
+
+
+def _pretrain(argv: Sequence[str] | None, stop: Stop) -> None:
     args = parse_arguments(argv)
+    stop.within = args.exit_within
+    stop.also(args.exit_signal)
     check_launch()
-    for note in machine_notes(args):
+    for note in (*machine_notes(args), *data_notes(args)):
         print_rank_0(note)
     for note in stage_notes(args):
         print_rank_0(f"WARNING: {note}")
@@ -56,23 +76,47 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
         set_global_variables(args)
     settle_vocabulary(args)
     check_manifests(args)
+    data = run_data(args)
+    note_data(args, data)
     with held_save(args) as held, finished_saves():
         checked = check_checkpoint(args)
         check_profile(args, start_of(args, checked))
+        leave_out_noted(args)
         record, flops = MicroBatchRecord(), StepFlops(args)
         set_flop_counter(flops)
-        set_training_hooks(StepObserver(args, record, flops, held))
-        set_checkpoint_hooks(WholeCheckpoints(args, checked, held))
+        leaving, watch = Leaving(args, stop), Watch(args)
+        set_training_hooks(StepObserver(args, record, flops, held, data, leaving, watch))
+        set_checkpoint_hooks(WholeCheckpoints(args, checked, held, data))
         set_up_optimizer(args)
         with refusing("the model cannot be configured"):
             model_config = model_config_from_args(args)
         model_config.pre_wrap_hooks.append(partial(announce_balance, args))
-        megatron_pretrain(
-            container_from_args(args, model_config),
-            train_valid_test_datasets,
-            ModelType.encoder_or_decoder,
-            partial(forward_step, record=record, flops=flops),
-        )
+        with watch.watching(), leaving.with_its_code():
+            megatron_pretrain(
+                container_from_args(args, model_config),
+                without_interruption(dataset_provider(data), stop),
+                ModelType.encoder_or_decoder,
+                partial(forward_step, record=record, flops=flops),
+            )
+
+
+def leave_out_noted(args: Namespace) -> None:
+    """Skip the steps whose data has led to a spike, as the run that met it has noted."""
+    steps = noted(Path(args.save)) if args.save and goes_on_in_save(args) else []
+    if steps:
+        args.iterations_to_skip = sorted({*args.iterations_to_skip, *steps})
+        print_rank_0(f"> the data of {len(steps)} iterations is left out, see {SKIPPED}: {steps}")
+
+
+def without_interruption[**P, T](function: Callable[P, T], stop: Stop) -> Callable[P, T]:
+    """`function`, which writes index files that a later start would read: it finishes them."""
+
+    @functools.wraps(function)
+    def finished(*args: P.args, **kwargs: P.kwargs) -> T:
+        with stop.deferred():
+            return function(*args, **kwargs)
+
+    return finished
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from megatron_trinity.checkpoint.iterations import RELEASE, newest_saved, number
 from megatron_trinity.checkpoint.rank_files.checkpoint import RankCheckpoint, rank_files
 from megatron_trinity.checkpoint.torch_dist.read import TorchDistCheckpoint
 from megatron_trinity.checkpoint.whole.candidates import examine, is_empty
+from megatron_trinity.data.fingerprint import difference
 from megatron_trinity.errors import TrinityError, UsageError
 from megatron_trinity.training.load_paths import (
     goes_on_in_save,
@@ -194,6 +195,8 @@ def _check_is_of_this_run(
             "give that length, --extend-context to go on with another, or --finetune to start anew "
             "from the weights"
         )
+    if not (_starts_anew(args, path) or of_no_run or args.accept_changed_data):
+        _check_data(args, saved, path)
     if isinstance(checkpoint, RankCheckpoint) and (
         differences := _differences(saved, args, LAYOUT)
     ):
@@ -224,6 +227,20 @@ def _check_is_of_this_run(
     if args.load_balancing == "smebu" and not checkpoint.has_momentum:
         warn_rank_0(
             f"the checkpoint under {path.parent} has no momentum of SMEBU; it starts from zero"
+        )
+
+
+def _check_data(args: Namespace, saved: Namespace, path: Path) -> None:
+    here, there = getattr(args, "data_fingerprint", None), getattr(saved, "data_fingerprint", None)
+    if here is None:
+        return
+    if there is None:
+        warn_rank_0(f"nothing says which data the checkpoint under {path.parent} was trained on")
+    elif (changed := difference(there, here)) is not None:
+        raise UsageError(
+            f"the checkpoint under {path.parent} is of a run that reads other data: {changed}; "
+            "give the data and the seed of that run, --accept-changed-data to go on with these "
+            "from the same number of samples, or --finetune to start anew from the weights"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,14 +23,27 @@ ADAPTATION = Adaptation(
 )
 
 
+MakeLoader = Callable[[Any, int], Any]
+_make_training_loader: MakeLoader | None = None
+
+
+def set_training_loader(make: MakeLoader | None) -> None:
+    """Let `make(dataset, consumed samples)` give the loader of the training data; None: torch's."""
+    global _make_training_loader
+    _make_training_loader = make
+
+
 def install() -> None:
     """Give each loader a generator, seeded like the training."""
+    from megatron.core.datasets.utils import Split
     from megatron.training.datasets import data_samplers
 
     original = data_samplers.build_pretraining_data_loader
 
     @functools.wraps(original)
     def build_pretraining_data_loader(dataset: Any, consumed_samples: int) -> Any:
+        if _make_training_loader is not None and getattr(dataset, "split", None) is Split.train:
+            return _make_training_loader(dataset, consumed_samples)
         loader = original(dataset, consumed_samples)
         if isinstance(loader, torch.utils.data.DataLoader) and loader.generator is None:
             loader.generator = torch.Generator().manual_seed(data_samplers.get_args().seed)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megatron_trinity.upstream.registry import Adaptation
 from megatron_trinity.upstream.rejected_steps import StepRejected, calling_on_rerun
+from megatron_trinity.upstream.validation_samples import EvaluatedSet, current_set
 
 ADAPTATION = Adaptation(
     name="training-hooks",
@@ -19,11 +24,17 @@ ADAPTATION = Adaptation(
         "megatron.training.training.train_step",
         "megatron.training.training.training_log",
         "megatron.training.training.evaluate",
+        "megatron.training.training.checkpoint_and_decide_exit",
+        "megatron.training.training.save_checkpoint_and_time",
+        "megatron.training.ft_integration.on_eval_step_end",
+        "megatron.core.timers.Timer.elapsed",
     ),
     reason=(
         "the loop has no hook behind an optimizer step, where it is known whether the step was "
-        "applied, and none behind an evaluation; and `training_log` prints and writes only what "
-        "the loss function reported"
+        "applied, and none behind an evaluation; `training_log` prints and writes only what the "
+        "loss function reported, and waits for the device and the other ranks for numbers of the "
+        "host. The loop gathers from all ranks behind each step whether a signal came, of one "
+        "kind, with a wait of the host, and not during an evaluation"
     ),
     written_for="megatron-core 0.19.2",
     remove_when="the loop takes callbacks, and metrics from the outside",
@@ -51,6 +62,9 @@ class StepOutcome:
 class TrainingHooks(Protocol):
     """What the training loop calls, on every rank."""
 
+    def step_begins(self, iteration: int, optimizer: Any) -> None:
+        """Before the `iteration`-th step, counted from 1."""
+
     def step_restarted(self, model: Sequence[Any]) -> None:
         """Before a step is run again, which takes the same samples as the first time."""
 
@@ -70,8 +84,20 @@ class TrainingHooks(Protocol):
     def log_written(self) -> None:
         """Told when Megatron has logged the step, and started its interval timer anew if due."""
 
-    def evaluated(self, losses: Mapping[str, torch.Tensor]) -> None:
-        """After an evaluation, with its losses; of those there are none on ranks without a loss."""
+    def ends_evaluation(self) -> bool:
+        """After each batch of an evaluation: whether it ends here; the same on every rank."""
+
+    def leaves(self, iteration: int, saved: bool, save: Callable[[], None]) -> bool:
+        """When a step and all that was due behind it is done: whether the loop ends here.
+
+        `saved` is whether that was a save, and `save` saves.
+        """
+
+    def evaluated(self, losses: Mapping[str, torch.Tensor], of_set: EvaluatedSet) -> None:
+        """After an evaluation of one set, with its losses.
+
+        There are no losses on ranks without a loss.
+        """
 
 
 _hooks: TrainingHooks | None = None
@@ -94,6 +120,9 @@ def install() -> None:
     training.train_step = _with_hook(training.train_step)
     training.training_log = _with_values(training.training_log)
     training.evaluate = _with_losses(training.evaluate)
+    training.save_checkpoint_and_time = _noting(training.save_checkpoint_and_time)
+    training.checkpoint_and_decide_exit = _leaving(training)
+    training.ft_integration.on_eval_step_end = _asking(training.ft_integration.on_eval_step_end)
 
 
 def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,6 +138,7 @@ def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
         call = (forward_step_func, data_iterator, model, optimizer, *args)
         if _hooks is None:
             return train_step(*call, **kwargs)
+        _hooks.step_begins(kwargs["iteration"] + 1, optimizer)
         rejected = None
         with calling_on_rerun(partial(_hooks.step_restarted, model)):
             try:
@@ -134,29 +164,133 @@ def _with_values(training_log: Callable[..., Any]) -> Callable[..., Any]:
         if not loss_dict:
             values = {}
         tensors = {name: torch.tensor([v], dtype=torch.float32) for name, v in values.items()}
-        _keep_on_host(total_loss_dict, tensors)
-        result = training_log({**loss_dict, **tensors}, total_loss_dict, *args, **kwargs)
-        _keep_on_host(total_loss_dict, tensors)
+        # Where all of them are on the host, so are their sums, and the step has ended.
+        with nullcontext() if loss_dict.keys() - tensors.keys() else _nothing_to_wait_for():
+            result = training_log({**loss_dict, **tensors}, total_loss_dict, *args, **kwargs)
         _hooks.log_written()
         return result
 
     return log_with_values
 
 
-def _keep_on_host(totals: dict[str, Any], names: Iterable[str]) -> None:
-    """Let Megatron add up values of the host there; it begins with a zero on the device."""
-    for name in names:
-        total = totals.get(name)
-        if total is None or total.device.type != "cpu":
-            totals[name] = torch.zeros(1)
+class _NumbersOnHost(TorchFunctionMode):
+    """`torch.tensor` leaves numbers on the host: the zeros that the log begins its sums with."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") == "tensor":
+            kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def _nothing_to_wait_for() -> Iterator[None]:
+    """The log neither sends numbers to the device nor asks whether it, or a rank, is ready."""
+    from megatron.core.timers import Timer
+
+    with mock.patch.object(Timer, "elapsed", _elapsed), _NumbersOnHost():
+        yield
+
+
+def _elapsed(timer: Any, reset: bool = True, barrier: bool = False) -> float:
+    """As `Timer.elapsed`, for a step whose values have been read."""
+    now = time.time()
+    if timer._started:
+        timer._elapsed += now - timer._start_time
+        timer._active_time += now - timer._start_time
+        timer._start_time = now
+    elapsed: float = timer._elapsed
+    if reset:
+        timer._elapsed = 0.0
+    return elapsed
+
+
+class _EvaluationEnds(Exception):
+    """On every rank, between two batches."""
 
 
 def _with_losses(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
     @functools.wraps(evaluate)
     def evaluate_then_hook(*args: Any, **kwargs: Any) -> Any:
-        losses, collected, out_of_time = evaluate(*args, **kwargs)
+        mode = get_rerun_state_machine().get_mode()
+        try:
+            with _without_duration():
+                losses, collected, out_of_time = evaluate(*args, **kwargs)
+        except _EvaluationEnds:
+            get_rerun_state_machine().set_mode(mode)
+            return None, None, True
         if _hooks is not None and not out_of_time:
-            _hooks.evaluated(losses)
+            _hooks.evaluated(losses, current_set())
         return losses, collected, out_of_time
 
     return evaluate_then_hook
+
+
+def _asking(original: Callable[[], None]) -> Callable[[], None]:
+    @functools.wraps(original)
+    def on_eval_step_end() -> None:
+        original()
+        if _hooks is not None and _hooks.ends_evaluation():
+            raise _EvaluationEnds
+
+    return on_eval_step_end
+
+
+_newest_save = -1
+"""Iteration of the newest save of this process."""
+
+
+def _noting(save: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(save)
+    def save_checkpoint_and_time(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        global _newest_save
+        result = save(iteration, *args, **kwargs)
+        _newest_save = iteration
+        return result
+
+    return save_checkpoint_and_time
+
+
+def _leaving(training: Any) -> Callable[..., bool]:
+    decide = training.checkpoint_and_decide_exit
+
+    @functools.wraps(decide)
+    def checkpoint_and_decide_exit(
+        model: Any, optimizer: Any, scheduler: Any, iteration: int, flops: Any, *context: Any
+    ) -> bool:
+        global _newest_save
+        _newest_save = -1
+        call = (model, optimizer, scheduler, iteration, flops, *context)
+        with _without_duration():
+            leaves: bool = decide(*call)
+        if leaves or _hooks is None:
+            return leaves
+        checkpointing, data = context
+
+        def save() -> None:
+            training.save_checkpoint_and_time(
+                *(iteration, model, optimizer, scheduler, flops, checkpointing),
+                train_data_iterator=data,
+            )
+
+        return _hooks.leaves(iteration, _newest_save == iteration, save)
+
+    return checkpoint_and_decide_exit
+
+
+@contextmanager
+def _without_duration() -> Iterator[None]:
+    """Hide `--exit-duration-in-mins` from Megatron, which would exchange it behind each step."""
+    from megatron.training import get_args
+
+    options = get_args()
+    minutes = options.exit_duration_in_mins
+    options.exit_duration_in_mins = None if _hooks is not None else minutes
+    try:
+        yield
+    finally:
+        options.exit_duration_in_mins = minutes

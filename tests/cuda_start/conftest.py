@@ -22,11 +22,15 @@ PACKAGES = {
 """Machines by name, and what of `stand_ins/` they have; the first two make every claim once."""
 
 
+EVERYTHING = {"all": ("apex", "transformer_engine", "deep_ep")}
+"""A machine for what needs DeepEP too; the others make the claims that do not."""
+
+
 @pytest.fixture(scope="session")
 def machines() -> Iterator[Machines]:
-    """Pools of ranks on each machine of `PACKAGES`; a pool starts when it is needed."""
+    """Pools of ranks on each machine; a pool starts when it is needed."""
     with ExitStack() as stack:
         yield {
             name: stack.enter_context(RankPools(Kind(None, partial(load_on, packages))))
-            for name, packages in PACKAGES.items()
+            for name, packages in (PACKAGES | EVERYTHING).items()
         }

@@ -81,3 +81,18 @@ def operations(rank: int, world_size: int, flags: Sequence[str]) -> tuple[bool, 
         return torch.are_deterministic_algorithms_enabled(), sorted(seen)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def configured(rank: int, world_size: int, words: Sequence[str], ranks: int) -> dict[str, Any]:
+    """What the model's configuration says of precision, on the first of `ranks` ranks."""
+    from unittest import mock
+
+    from megatron_trinity.arguments.parse import parse_arguments
+    from megatron_trinity.model.config import model_config_from_args
+
+    with mock.patch.dict(os.environ, {"WORLD_SIZE": str(ranks), "RANK": "0"}):
+        args = parse_arguments(words)
+    args.padded_vocab_size = args.vocab_size
+    config = model_config_from_args(args).transformer
+    names = ("bf16", "fp8", "fp8_recipe", "fp8_param", "moe_grouped_gemm", "transformer_impl")
+    return {name: _plain(getattr(config, name)) for name in names}

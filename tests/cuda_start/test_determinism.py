@@ -76,7 +76,7 @@ def test_a_step_calls_nothing_without_an_order(
     write_dataset(tmp_path / "data")
     words = training_flags(
         tmp_path / "data",
-        *("--data-cache-path", str(tmp_path / "cache"), "--train-iters", "3", "--bf16"),
+        *("--train-iters", "3", "--bf16"),
         *("--deterministic-mode", "--seq-aux-loss-coeff", "0.01", *flags),
     )
     [(told, seen)] = machines["bare"].run(jobs.operations, words, world_size=1)

@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags_of(data: Path, *flags: str) -> list[str]:
     return training_flags(
         data / "data",
-        *("--data-cache-path", str(data / "cache"), "--adam-eps", "1e-4", *PORTABLE, *flags),
+        *("--adam-eps", "1e-4", *PORTABLE, *flags),
     )
 
 
@@ -69,17 +69,34 @@ def test_presets_start(machines: Machines, ranks: RankPools, case: str, preset: 
     assert held[0] > 3.5e6
 
 
+@pytest.mark.parametrize("preset", first(1, ["nano", "mini", "large", "tiny"]))
+def test_presets_start_in_fp8(machines: Machines, preset: str) -> None:
+    layouts = [(r.world_size, r.flags) for r in RECOMMENDED if r.preset == preset]
+    for world_size, flags in layouts or [(1, ())]:
+        words = (*("--preset", preset, "--train-iters", "3000"), *flags)
+        words = (*words, "--precision", "fp8-blockwise")
+        [config] = machines["both"].run(jobs.configured, words, world_size, world_size=1)
+        assert config == {
+            "bf16": True,
+            "fp8": "e4m3",
+            "fp8_recipe": "blockwise",
+            "fp8_param": False,
+            "moe_grouped_gemm": True,
+            "transformer_impl": "transformer_engine",
+        }
+
+
 @pytest.mark.parametrize("case", first(2, PACKAGES))
 def test_defaults_follow_from_what_is_installed(machines: Machines, case: str) -> None:
     start = parse(machines, case)
     te, apex = case in ("te", "both"), case in ("apex", "both")
-    assert fusions(start["args"]) == [te, te, apex, True]
+    assert fusions(start["args"]) == [te, te, te or apex, True]
     assert start["args"]["distributed_backend"] == "nccl"
     assert start["args"]["transformer_impl"] == ("transformer_engine" if te else "local")
     assert start["args"]["moe_grouped_gemm"] == te
     [line] = start["notes"]
     assert ("Transformer Engine 2.20.2" in line) == te
-    assert ("needs NVIDIA's Apex" in line) == (not apex)
+    assert ("needs Transformer Engine or NVIDIA's Apex" in line) == (not te and not apex)
     assert ("RoPE (needs Transformer Engine)" in line) == (not te)
 
 
@@ -160,13 +177,28 @@ DEEP_EP_WAY = "DeepEP is not installed; leave it out, or build it from "
     ("case", "words", "told"),
     [
         ("bare", "--transformer-impl transformer_engine", TE_WAY),
-        ("bare", "--fp8-format hybrid", TE_WAY),
+        (
+            "bare",
+            "--precision fp8-blockwise",
+            TE_WAY.replace("is", "2.3, which fp8-blockwise needs, is", 1),
+        ),
         ("bare", "--moe-permute-fusion", TE_WAY),
         ("bare", "--attention-backend flash", TE_WAY),
         ("bare", "--moe-grouped-gemm --tp-comm-overlap", TE_WAY),
         ("bare", "--moe-token-dispatcher-type flex", DEEP_EP_WAY),
         ("both", "--moe-token-dispatcher-type flex --moe-enable-deepep", DEEP_EP_WAY),
-        ("both", "--fp8-format hybrid", "of Trinity's layers is not proved yet; use --bf16"),
+        ("both", "--precision fp8-mxfp8", "needs a GPU of compute capability 10.0 or later"),
+        ("both", "--precision fp8-mxfp8", "and this one has 9.0; use fp8-blockwise"),
+        ("both", "--precision fp8-delayed --transformer-impl local", "the portable layers compute"),
+        ("both", "--precision fp8-blockwise --fp16", "are two precisions; give one"),
+        ("both", "--precision fp8-blockwise --fp8-margin 0", "are of scales from past steps"),
+        ("both", "--fp8-format hybrid", "--precision sets format and recipe of FP8 together"),
+        ("both", "--fp8-recipe delayed --bf16", "--precision sets format and recipe of FP8"),
+        ("both", "--fp4-format e2m1", "is not proved; use --precision"),
+        ("both", "--fp8-param-gather", "in rows and pieces that others do not take"),
+        ("both", "--fp8-param-gather --optimizer adam", "Muon cuts matrices into rows"),
+        ("both", "--no-fp8-wgrad --precision fp8-delayed", "would ignore it"),
+        ("both", "--moe-router-padding-for-quantization", "what an expert gets is padded with"),
         (
             "both",
             "--use-flash-attn --transformer-impl local",

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_trinity import exits
 from megatron_trinity.checkpoint.whole.manifest import MANIFEST
 from megatron_trinity.upstream.checkpoint_sums import take_sums
 from tests.checkpoints import check_whole
@@ -186,7 +187,7 @@ def train_and_end(rank: int, world_size: int, flags: Sequence[str], how: str) ->
     write = writer.write_preloaded_data
 
     def write_slowly(*args: Any, **kwargs: Any) -> Any:
-        if how == "signal":
+        if how == "signal" and "iter_0000002" in str(kwargs["write_bucket"][0]):
             os.killpg(0, signal.SIGTERM)  # all processes of the rank, as a scheduler does
         time.sleep(0.5)
         if how == "full disk" and "iter_0000002" in str(kwargs["write_bucket"][0]):
@@ -197,7 +198,8 @@ def train_and_end(rank: int, world_size: int, flags: Sequence[str], how: str) ->
     step = training.train_step
 
     def step_and_end(*args: Any, **kwargs: Any) -> Any:
-        if how == "signal" and rank == 0:
+        # Before the first step a rank would leave alone, and at once.
+        if how == "signal" and rank == 0 and kwargs["iteration"] == 1:
             os.killpg(0, signal.SIGTERM)
         if how == "duration":
             training._TRAIN_START_TIME -= 60
@@ -211,12 +213,12 @@ def train_and_end(rank: int, world_size: int, flags: Sequence[str], how: str) ->
         training.train_step = step
 
 
-ENDS: dict[str, tuple[list[str], int]] = {
-    "normal": ([], 4),
-    "normal, between saves": (["--save-interval", "3"], 4),
-    "interval": (["--exit-interval", "2"], 2),
-    "duration": (["--exit-duration-in-mins", "1"], 1),
-    "signal": (["--exit-signal-handler"], 1),
+ENDS: dict[str, tuple[list[str], int, int]] = {
+    "normal": ([], 4, exits.DONE),
+    "normal, between saves": (["--save-interval", "3"], 4, exits.DONE),
+    "interval": (["--exit-interval", "2"], 2, exits.DONE),
+    "duration": (["--exit-duration-in-mins", "1"], 1, exits.OUT_OF_TIME),
+    "signal": ([], 2, exits.of_signal(signal.SIGTERM)),
 }
 
 
@@ -224,12 +226,12 @@ ENDS: dict[str, tuple[list[str], int]] = {
 def test_however_it_ends_the_newest_is_whole(
     ranks: RankPools, folder: Path, tmp_path: Path, how: str
 ) -> None:
-    flags, newest = ENDS[how]
+    flags, newest, code = ENDS[how]
     world_size = 2 if how in ("normal", "signal") else 1
     run = tmp_path / "run"
     words = [*flags_of(folder, run), "--async-save", *flags]
     outcomes = ranks.run(train_and_end, words, how, world_size=world_size)
-    assert [outcome[:2] for outcome in outcomes] == [(0, "")] * world_size
+    assert [outcome[:2] for outcome in outcomes] == [(code, "")] * world_size
     assert (run / POINTER).read_text() == str(newest)
     check_whole(run / f"iter_{newest:07d}", checksums=True)
 

@@ -171,7 +171,6 @@ class Runs:
             *("--train-iters", str(STEPS), "--lr", "5e-3", "--lr-warmup-iters", "0"),
             # Else the first steps would be the signs of rounding errors where gradients vanish.
             *("--adam-eps", "1e-4"),
-            *("--data-cache-path", str(self._folder / "cache")),
             *words,
         )
         codes = self._ranks.run(run_recorded, flags, tmp / "steps", world_size=world_size)

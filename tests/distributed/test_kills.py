@@ -63,3 +63,36 @@ def test_a_kill_between_the_last_manifest_and_its_pointer(ranks: RankPools, tmp_
     assert f"WARNING: {run / POINTER} lagged behind {newest.name}; it names that now" in printed
     assert (run / POINTER).read_text() == str(STEPS)
     assert listing(newest) == before
+
+
+def train_to_a_gather(rank: int, world_size: int, flags: Sequence[str]) -> None:
+    """Train, and die on rank 1 in the last step, between reduce-scatter and gather."""
+    from megatron_trinity.optimizer.shards import Shards
+
+    gather, steps = Shards.gather, 0
+
+    def die_first(self: Shards, now: bool) -> None:
+        nonlocal steps
+        steps += 1
+        if rank == 1 and steps == STEPS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        gather(self, now)
+
+    setattr(Shards, "gather", die_first)
+    run_trainer(rank, world_size, flags)
+
+
+@pytest.mark.slow
+def test_a_kill_between_gradients_and_weights(ranks: RankPools, tmp_path: Path) -> None:
+    """The last whole checkpoint is the newest, and the run goes on from it to its end."""
+    write_dataset(tmp_path / "data")
+    run = tmp_path / "run"
+    sharded = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+    rates = ("--optimizer", "muon", "--adamw-lr", "1e-3")
+    flags = [*flags_of(tmp_path, run), *rates, *sharded]
+    with pytest.raises(RankError):
+        ranks.run(train_to_a_gather, flags, world_size=2)
+    assert (run / POINTER).read_text() == str(STEPS - 1)
+    assert find_iteration(run) == run / f"iter_{STEPS - 1:07d}"
+    assert [code for code, *_ in ranks.run(train, flags, world_size=2)] == [0, 0]
+    assert find_iteration(run) == run / f"iter_{STEPS:07d}"

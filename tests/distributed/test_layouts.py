@@ -118,6 +118,33 @@ def test_a_layout_gives_the_answer_of_one_rank(
     check(got, references[kind_of(layout)], layout)
 
 
+OVERLAPPED = [
+    layout
+    for layout in LAYOUTS
+    if "muon" in layout and {"distributed optimizer", "hybrid sharding"} & {*layout}
+]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(x, id=" | ".join(x), marks=[pytest.mark.slow] * (number > 0))
+        for number, x in enumerate(OVERLAPPED)
+    ],
+)
+def test_a_layout_gives_the_same_answer_with_overlap(
+    ranks: RankPools,
+    data: Path,
+    references: dict[Layout, Answer],
+    tmp_path: Path,
+    layout: Layout,
+) -> None:
+    """Buckets reduced under the backward pass, and gathered under the next forward pass."""
+    overlaps = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-num-buckets", "4")
+    got = train(ranks, data, tmp_path / "run", layout, overlaps)
+    check(got, references[kind_of(layout)], layout)
+
+
 def check(got: Answer, expected: Answer, layout: Layout) -> None:
     """That a run gave the answer of another."""
     # Newton-Schulz stretches rounding errors where a gradient has no direction of its own, and

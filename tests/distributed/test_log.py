@@ -43,7 +43,7 @@ def run(ranks: RankPools, data: Path, name: str, *flags: str, world_size: int = 
     argv = training_flags(
         data,
         *("--optimizer", "adam", "--tensorboard-dir", str(data.parent / f"{name}-log")),
-        *("--data-cache-path", str(data.parent / "cache"), *flags),
+        *flags,
     )
     return ranks.run(lines, argv, world_size=world_size)[-1]
 
@@ -80,7 +80,6 @@ def test_a_longer_interval_is_a_mean_of_all_its_steps(ranks: RankPools, data: Pa
 LOADERS: dict[str, tuple[int, list[str]]] = {
     "plain": (1, []),
     "a worker": (1, ["--num-workers", "1"]),
-    "cyclic": (1, ["--dataloader-type", "cyclic"]),
     "virtual stages": (
         2,
         [

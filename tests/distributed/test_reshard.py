@@ -33,7 +33,6 @@ class Runs:
             *("--train-iters", str(STEPS), "--save-interval", str(STEPS)),
             *("--save", str(self.path / name), "--load-balancing", "smebu"),
             *("--tensorboard-dir", str(self.path / f"{name}-log")),
-            *("--data-cache-path", str(self.path / "cache")),
             *flags,
         )
         assert self._ranks.run(run_trainer, argv, world_size=2) == [0, 0]

@@ -63,7 +63,6 @@ def test_resume_is_exact(
             *("--optimizer", optimizer, "--train-iters", str(STEPS)),
             *("--save", str(tmp_path / name), "--load", str(tmp_path / name)),
             *("--save-interval", str(HALF), "--tensorboard-dir", str(tmp_path / f"{name}-log")),
-            *("--data-cache-path", str(tmp_path / "cache")),
             *flags,
         )
         assert ranks.run(run_trainer, argv, world_size=world_size) == [0] * world_size
@@ -156,7 +155,7 @@ def test_resume_elsewhere(
             *("--optimizer", optimizer, "--train-iters", str(STEPS), "--adam-eps", "1e-3"),
             *("--save", str(tmp_path / name), "--load", str(tmp_path / load)),
             *("--save-interval", "1", "--tensorboard-dir", str(tmp_path / f"{name}-log")),
-            *("--data-cache-path", str(tmp_path / "cache"), "--exit-interval", str(steps)),
+            *("--exit-interval", str(steps)),
         )
         assert ranks.run(run_trainer, argv, world_size=world_size) == [0] * world_size
 

@@ -166,7 +166,7 @@ class Campaign:
             self.folder / "data",
             *("--save", str(run), "--load", str(run), "--save-interval", "1"),
             *("--optimizer", "adam", "--train-iters", str(STEPS), "--global-batch-size", "4"),
-            *("--keep-last-checkpoints", "2", "--data-cache-path", str(self.folder / "cache")),
+            *("--keep-last-checkpoints", "2"),
             *self.flags,
         )
         pool = RankPool(self.world_size)

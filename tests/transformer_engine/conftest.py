@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.distributed.pool import Kind, RankPools
-from tests.environments import prepared
+from tests.environments import packages, prepared
 from tests.transformer_engine.worker import PACKAGES, load_emulated
 
 
@@ -19,16 +17,10 @@ def te_ranks(request: pytest.FixtureRequest) -> Iterator[RankPools]:
     kind = Kind(
         "tests.transformer_engine.preload",
         load_emulated,
-        {PACKAGES: str(_packages(prepared(request, "te")))},
+        {PACKAGES: str(packages(prepared(request, "te")))},
     )
     with RankPools(kind) as pools:
         yield pools
-
-
-def _packages(python: Path) -> Path:
-    command = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    answer = subprocess.run([python, "-c", command], check=True, capture_output=True, text=True)
-    return Path(answer.stdout.strip())
 
 
 # First, so that `-m te` and `-m "not te"` see the marker.

@@ -41,13 +41,14 @@ def run_model(
     module = getattr(model, "module", model)
     load_whole_tensors(module, _random(whole_tensors(module), apart))
 
+    device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(5)
-    tokens = torch.randint(config.vocab_size, (BATCH, length), generator=generator)
-    positions = torch.arange(length).expand(BATCH, length)
+    tokens = torch.randint(config.vocab_size, (BATCH, length), generator=generator).to(device)
+    positions = torch.arange(length, device=device).expand(BATCH, length)
     model.train()
-    logits = model(tokens, positions, None, packed_seq_params=packed(documents, length))
+    logits = model(tokens, positions, None, packed_seq_params=packed(documents, length, device))
     cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(7))
-    (logits.float() * cotangent).sum().backward()
+    (logits.float() * cotangent.to(device)).sum().backward()
     with torch.no_grad():
         for parameter in module.parameters():
             gradient = parameter.grad
@@ -61,7 +62,9 @@ def run_model(
     return {"logits": logits.detach(), **results}, kinds
 
 
-def packed(documents: Sequence[Sequence[int]] | None, length: int) -> Any:
+def packed(
+    documents: Sequence[Sequence[int]] | None, length: int, device: torch.device | None = None
+) -> Any:
     """What the model is told of documents of these lengths, a sequence a row."""
     from megatron_trinity.model.documents import Documents
 
@@ -70,7 +73,7 @@ def packed(documents: Sequence[Sequence[int]] | None, length: int) -> Any:
     cumulative = torch.full((len(documents), length + 1), length, dtype=torch.int32)
     for row, lengths in zip(cumulative, documents, strict=True):
         row[: len(lengths) + 1] = torch.tensor([0, *lengths]).cumsum(0)
-    return Documents.from_cu_seqlens(cumulative, length)
+    return Documents.from_cu_seqlens(cumulative.to(device), length)
 
 
 def _random(tensors: dict[str, Tensor], apart: bool) -> dict[str, Tensor]:

@@ -178,3 +178,5 @@ def test_inspect_sees_the_same(ranks: RankPools, te_ranks: RankPools, tmp_path: 
     assert portable.faults == te.faults == []
     assert te.parameters == portable.parameters
     assert te.tensor_bytes == portable.tensor_bytes
+    assert "decoder.layers.0.self_attention.linear_qkv._extra_state" in te.extra_states
+    assert te.extra_states == portable.extra_states

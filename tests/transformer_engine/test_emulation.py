@@ -176,12 +176,10 @@ def test_adam(te_ranks: RankPools) -> None:
 
 
 def quantized(rank: int, world_size: int) -> None:
-    import transformer_engine.pytorch as te
-    from transformer_engine.common.recipe import Float8CurrentScaling
+    from transformer_engine.pytorch.constants import TE_DType
+    from transformer_engine.pytorch.tensor import MXFP8Quantizer
 
-    layer = te.Linear(32, 32, bias=False, device="cpu")
-    with te.autocast(enabled=True, recipe=Float8CurrentScaling()):
-        layer(noise(32, 32))
+    MXFP8Quantizer(TE_DType[torch.float8_e4m3fn])(noise(32, 32))
 
 
 def test_what_is_not_emulated_says_so(te_ranks: RankPools) -> None:

@@ -12,7 +12,8 @@ PACKAGES = "TRINITY_TEST_TE_PACKAGES"
 """Variable with the folder of the packages of requirements/te.txt."""
 
 # On a machine without CUDA these are refused, and rightly: here they are what is under test.
-_ALLOWED = ("transformer_impl", "moe_grouped_gemm")
+_ALLOWED = ("transformer_impl", "moe_grouped_gemm", "precision")
+_OF_FP8 = "--first-last-layers-bf16"
 
 
 def load_emulated() -> None:
@@ -30,8 +31,11 @@ def load_emulated() -> None:
     pretend_cuda()
 
     from megatron_trinity.arguments import cuda
+    from megatron_trinity.arguments.verdicts.needs_cuda import NEEDS_CUDA
 
     cuda.CUDA_ONLY = tuple(
         replace(rule, needs_cuda=lambda _: False) if rule.dest in _ALLOWED else rule
         for rule in cuda.CUDA_ONLY
     )
+    for use in [use for use, flags in NEEDS_CUDA.items() if _OF_FP8 in flags]:
+        del NEEDS_CUDA[use]

@@ -54,7 +54,6 @@ WORKS = """
 --train-samples ; shown by tests/distributed/test_schedules.py
 --iterations-to-skip 2
 --seed 7
---dataloader-type cyclic
 --lr 1e-2
 --min-lr 1e-3
 --lr-decay-style constant
@@ -134,10 +133,7 @@ SAME_ANSWER = """
 --train-sync-interval 1
 --exit-interval 2
 --exit-duration-in-mins 60
---exit-signal-handler
---exit-signal SIGUSR2 ; and --exit-signal-handler
---exit-signal-handler-for-dataloader
---exit-signal-handler-for-training
+--exit-signal SIGUSR2
 --manual-gc
 --manual-gc-interval 1 ; and --manual-gc
 --no-manual-gc-eval
@@ -214,6 +210,9 @@ SAME_ANSWER = """
 --use-distributed-optimizer ; ranks 2
 --num-distributed-optimizer-instances 2 ; and SHARDED ; ranks 2
 --cp-comm-type a2a ; and --context-parallel-size 2 ; ranks 2
+--dataloader-type ; shown by tests/unit_tests/arguments/test_refusals.py
+--data-args-path ; shown by tests/unit_tests/data/test_sources.py
+--per-split-data-args-path ; shown by tests/unit_tests/data/test_sources.py
 --eval-iters 2
 --eval-interval 1
 --start-eval-at-iter 2 ; and --eval-interval 1
@@ -222,12 +221,8 @@ SAME_ANSWER = """
 --skip-train
 --valid-data-path {data}
 --test-data-path {data}
---data-cache-path {tmp}/cache
---no-mmap-bin-files
 --num-workers 1
 --no-create-attention-mask-in-dataloader
---num-dataset-builder-threads 2
---mid-level-dataset-surplus 0.1
 --allow-ambiguous-pad-tokens
 --vocab-file {tmp}/vocab.json
 --merge-file {tmp}/merges.txt

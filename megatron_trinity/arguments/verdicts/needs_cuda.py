@@ -8,13 +8,9 @@ NEEDS_CUDA: dict[str, str] = {
         --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs --tp-comm-overlap-rs-dgrad
         --no-tp-comm-split-ag --no-tp-comm-split-rs --tp-comm-bootstrap-backend
         --tp-comm-overlap-cfg""",
-    "FP8 and FP4 (Transformer Engine)": """
-        --fp8-format --fp8-recipe --fp8-quantizer-factory --fp8-margin --fp8-interval
-        --fp8-amax-history-len --fp8-amax-compute-algo --no-fp8-wgrad
-        --fp8-param-gather --first-last-layers-bf16 --num-layers-at-start-in-bf16
-        --num-layers-at-end-in-bf16 --fp4-format --fp4-recipe --fp4-quantizer-factory
-        --fp4-param-gather --reuse-grad-buf-for-mxfp8-param-ag --te-precision-config-file
-        --moe-router-padding-for-quantization""",
+    "FP8 (Transformer Engine), which --precision turns on": """
+        --fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo --first-last-layers-bf16
+        --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16""",
     "kernels of Transformer Engine, FlashAttention and others": """
         --transformer-impl --te-rng-tracker --use-te-activation-func --fused-residual-rmsnorm
         --use-transformer-engine-op-fuser --attention-backend --flash-attention-version

@@ -56,6 +56,9 @@ REFUSED: dict[str, str] = {
         --moe-enable-routing-replay""",
     "it is for benchmarks of other routers": """
         --moe-router-force-load-balancing --moe-router-force-biased""",
+    "SIGTERM, SIGUSR1 and SIGINT save and end a run by default": """
+        --exit-signal-handler --exit-signal-handler-for-training
+        --exit-signal-handler-for-dataloader""",
     "experts start from their own initial weights": """
         --moe-use-upcycling --moe-upcycling-granularity""",
     "initial weights are the report's, truncated normal by --init-method-std, and the embedding is"
@@ -146,9 +149,13 @@ REFUSED: dict[str, str] = {
         --reset-position-ids --reset-attention-mask --hybrid-context-parallel
         --hierarchical-context-parallel-sizes --max-seqlen-per-dp-cp-rank""",
     "data come from indexed datasets named by paths": """
-        --data-args-path --per-split-data-args-path --per-dataset-sequences-path
-        --object-storage-cache-path --dataloader-fast-cache-load
-        --dataloader-defer-npy-index-mmap --phase-transition-iterations""",
+        --per-dataset-sequences-path --object-storage-cache-path --dataloader-fast-cache-load
+        --dataloader-defer-npy-index-mmap""",
+    "what is read follows from the seed and the description alone: no index is built or kept, and"
+    " files are mapped": """
+        --data-cache-path --num-dataset-builder-threads --mid-level-dataset-surplus
+        --no-mmap-bin-files""",
+    "the phases of a run stand in the file of --data": "--phase-transition-iterations",
     "Megatron's FSDP saves checkpoints that nothing verifies; use --use-distributed-optimizer": """
         --use-megatron-fsdp --use-torch-fsdp2 --data-parallel-sharding-strategy
         --outer-dp-sharding-strategy --no-gradient-reduce-div-fusion --fsdp-double-buffer
@@ -188,6 +195,20 @@ REFUSED: dict[str, str] = {
         --use-mcore-models --moe-router-padding-for-fp8 --enable-cuda-graph
         --external-cuda-graph --moe-layer-recompute --yaml-cfg --lazy-mpu-init --local-rank
         --no-weight-decay-cond-type""",
+    "--precision sets format and recipe of FP8 together": """
+        --fp8-format --fp8-recipe --fp8-quantizer-factory""",
+    "Transformer Engine has dropped it and would ignore it": """
+        --fp8-interval --no-fp8-wgrad""",
+    "it would send tokens to experts that they have not chosen, and their values into the scales of"
+    " FP8; what an expert gets is padded with zeros, which change nothing": """
+        --moe-router-padding-for-quantization""",
+    "Muon cuts matrices into rows and hands them round, which parameters of eight bits do not take,"
+    " and with AdamW they are not proved": """
+        --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag""",
+    "what FP4, or layers whose precision a file chooses, compute of a Trinity model is not proved;"
+    " use --precision": """
+        --fp4-format --fp4-recipe --fp4-quantizer-factory --fp4-param-gather
+        --te-precision-config-file""",
     "the optimizers here are muon and adam": """
         --sgd-momentum --lion-beta1 --lion-beta2                         """,
     "Trinity's Muon does not depend on the layout, and splits fused matrices": """

@@ -50,7 +50,7 @@ def _of_trinity(
     from megatron_trinity.optimizer.units import units_of
 
     state = {}
-    for unit in units_of(chunks, groups_from_args(args), ranks=1):
+    for unit in units_of(chunks, groups_from_args(args)):
         unit.keep(*MOMENTS[unit.group.kind])
         state[unit.name] = {
             name: {

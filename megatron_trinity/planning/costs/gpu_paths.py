@@ -9,7 +9,7 @@ from megatron.core.fusions import fused_bias_swiglu
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor, nn
 
-from megatron_trinity.model import grouped_product
+from megatron_trinity.model import fused_loss, grouped_product, loss
 from megatron_trinity.model.norm import TrinityRMSNorm
 from megatron_trinity.planning.costs.operations import copy_on_host, one_launch
 from megatron_trinity.upstream.registry import rebind
@@ -20,13 +20,16 @@ SWIGLU = ("swiglu", "swiglu_back", "weighted_swiglu", "weighted_swiglu_back")
 def take_gpu_paths() -> None:
     """Let this process take them from now on; for counting alone.
 
-    A pass of torch's RMSNorm, of its grouped product and of Megatron's compiled SwiGLU is one
-    launch, and what the dispatcher of tokens moves to the host is there.
+    A pass of torch's RMSNorm, of its grouped product and of what is compiled (Megatron's SwiGLU,
+    the loss of a chunk) is one launch, and what the dispatcher of tokens moves to the host is
+    there.
     """
     setattr(nn.functional, "rms_norm", rms_norm)
     setattr(TrinityRMSNorm, "forward", _trinity_norm)
     setattr(grouped_product, "has_kernel", lambda device, dtype: dtype == torch.bfloat16)
     setattr(nn.functional, "grouped_mm", one_launch("grouped_mm", nn.functional.grouped_mm))
+    setattr(loss, "is_fused", lambda hidden: hidden.dtype == torch.bfloat16)
+    setattr(fused_loss, "compiled", lambda function: one_launch(function.__name__, function))
     for name in SWIGLU:
         function = getattr(fused_bias_swiglu, name)
         setattr(fused_bias_swiglu, name, one_launch(f"fused_{name}", function))

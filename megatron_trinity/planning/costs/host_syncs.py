@@ -110,6 +110,7 @@ class HostSyncs(TorchFunctionMode):
 
         for owner, name, what in (
             (torch.cuda, "synchronize", "cuda.synchronize"),
+            (torch.distributed, "barrier", "barrier"),
             (CpuEvent, "synchronize", "event.synchronize"),
             (CpuStream, "synchronize", "stream.synchronize"),
         ):

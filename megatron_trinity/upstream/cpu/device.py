@@ -125,9 +125,8 @@ def _default_stream(device: Any = None) -> CpuStream:
     return _STREAM
 
 
-@contextlib.contextmanager
-def _stream_context(stream: Any) -> Iterator[None]:
-    yield
+def _stream_context(stream: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()  # one that can be entered again, as that of CUDA can
 
 
 @contextlib.contextmanager

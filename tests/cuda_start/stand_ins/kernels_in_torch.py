@@ -118,13 +118,22 @@ class _SplitAlongDim:
 
 
 def general_gemm(
-    a: Tensor, b: Tensor, out_dtype: torch.dtype, layout: str, **more: Any
+    a: Tensor,
+    b: Tensor,
+    out_dtype: torch.dtype,
+    layout: str,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    **more: Any,
 ) -> tuple[Tensor, ...]:
     """By columns, as cuBLAS has it: of rows it is op(b) op(a). Both have one dtype."""
     CALLS["gemm"] += 1
     assert a.dtype == b.dtype
     left, right = (b.T if layout[1] == "T" else b), (a.T if layout[0] == "T" else a)
-    return ((left.to(out_dtype) @ right.to(out_dtype)),)
+    result = left.to(out_dtype) @ right.to(out_dtype)
+    if out is None:
+        return (result,)
+    return ((out.add_ if accumulate else out.copy_)(result),)
 
 
 def moe_sort_chunks_by_index(tokens: Tensor, sizes: Tensor, index: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ this project and megatron-core among it, is on the CPU as always, with the stand
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Callable
@@ -36,6 +37,9 @@ _CHECK_OF_FLAGS = "megatron.training.arguments"
 
 def pretend_cuda() -> None:
     """Answer Transformer Engine. To be called when the stand-ins of the CPU are in place."""
+    quantization: Any = importlib.import_module("transformer_engine.pytorch.quantization")
+    # It also looks at the version of CUDA that torch was built for, and here that is none.
+    quantization._FP8_BLOCK_SCALING_SUPPORT = (True, "")
     for name, answer in _ANSWERS.items():
         setattr(torch.cuda, name, _answering(getattr(torch.cuda, name), answer))
     true_one: Any = torch._C.TensorBase.is_cuda

@@ -27,11 +27,13 @@ _TORCH_DTYPES = {
     DType.kFloat32: torch.float32,
     DType.kFloat16: torch.float16,
     DType.kBFloat16: torch.bfloat16,
+    DType.kFloat8E4M3: torch.float8_e4m3fn,
+    DType.kFloat8E5M2: torch.float8_e5m2,
 }
 
 
 def torch_dtype(dtype: int) -> torch.dtype:
-    """The torch type of an element; eight bits are not emulated."""
+    """The torch type of an element; four bits are not emulated."""
     return _TORCH_DTYPES[DType(int(dtype))]
 
 

@@ -14,6 +14,7 @@ from tests.transformer_engine.emulation import (  # noqa: F401 - they register w
     attention,
     optimizer,
     products,
+    quantized,
     questions,
     sequences,
 )
@@ -36,6 +37,7 @@ def install_emulation() -> None:
         raise RuntimeError("Transformer Engine is already imported")
     sys.modules[NAME] = build_extension()
     os.environ["NVTE_TORCH_COMPILE"] = "0"
+    os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # delayed scales in its own torch
     os.environ[_NO_LIBRARY] = "1"
     try:
         _import_without_libraries()

@@ -1,22 +1,45 @@
 """Products of matrices, as cuBLAS makes them for Transformer Engine.
 
 cuBLAS counts columns first, so that a call `(A, B)` means `op(B) @ op(A)` of row-major matrices.
+Factors of eight bits are multiplied as what they stand for, and the product is not of eight bits.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tests.transformer_engine.emulation.enumerations import torch_dtype
 from tests.transformer_engine.emulation.extension import emulates
+from tests.transformer_engine.emulation.quantized import format_of, operand
 
 
-def product(a: Tensor, trans_a: bool, b: Tensor, trans_b: bool, dtype: torch.dtype) -> Tensor:
+class Product(NamedTuple):
+    """What a product was made of.
+
+    Attributes:
+        which: output, gradient of the input, or gradient of the weight.
+        formats: of the two factors, in the order of the call.
+    """
+
+    which: str
+    formats: tuple[torch.dtype, torch.dtype]
+
+
+products: deque[Product] = deque(maxlen=1 << 16)
+"""The last ones, so that a test sees in which format each was made."""
+
+_WHICH = {(True, False): "output", (False, False): "input", (False, True): "weight"}
+
+
+def product(a: Any, trans_a: bool, b: Any, trans_b: bool, dtype: torch.dtype) -> Tensor:
     """`op(B) @ op(A)`, summed in fp32 and rounded to `dtype`; leading axes of B stay."""
+    products.append(Product(_WHICH[trans_a, trans_b], (format_of(a), format_of(b))))
+    a, b = operand(a, columnwise=not trans_a), operand(b, columnwise=trans_b)
     left, right = b.reshape(-1, b.shape[-1]), a.reshape(-1, a.shape[-1])
     left, right = left.t() if trans_b else left, right.t() if trans_a else right
     if not left.dtype == right.dtype == dtype:
@@ -52,11 +75,11 @@ def generic_gemm(
     beta: float | None = None,
 ) -> list[Tensor | None]:
     """One product; into `D` if there is one, on top of it with `accumulate`."""
-    if quantizer is not None or not _are_plain(A, B):
-        raise NotImplementedError("products of quantized tensors are not emulated")
+    if quantizer is not None:
+        raise NotImplementedError("a quantized result of a product is not emulated")
     if gelu or comm_overlap is not None or (bias is not None and bias.numel()) or alpha != 1.0:
         raise NotImplementedError("a product with bias, GELU, scale or overlap is not emulated")
-    dtype = A.dtype if D is None else D.dtype
+    dtype = (A._dtype if hasattr(A, "_dtype") else A.dtype) if D is None else D.dtype
     if output_dtype is not None:
         dtype = torch_dtype(output_dtype)
     result = product(A, transA, B, transB, dtype)
@@ -90,17 +113,13 @@ def te_general_grouped_gemm(
     math_sm_count: int,
 ) -> Sequence[Tensor]:
     """A product for each group; of a group without rows, zeros."""
-    if any(tensor.numel() for tensor in (*bias, *pre_gelu_out)) or not _are_plain(*A, *B):
-        raise NotImplementedError("grouped products with more than plain matrices")
-    outputs = D[0].split([b.shape[0] for b in B]) if single_output else D
+    if any(tensor.numel() for tensor in (*bias, *pre_gelu_out)):
+        raise NotImplementedError("grouped products with bias or GELU")
+    outputs = D[0].split([b.size()[0] for b in B]) if single_output else D
     for a, b, out in zip(A, B, outputs, strict=True):
-        if a.numel() and b.numel():
+        if a.size().numel() and b.size().numel():
             result = product(a, transa, b, transb, torch_dtype(D_type)).view_as(out)
             out.copy_(out + result if accumulate else result)
         elif not accumulate:
             out.zero_()
     return bias
-
-
-def _are_plain(*tensors: Any) -> bool:
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)

@@ -12,6 +12,7 @@ from megatron_trinity.arguments.cuda import (
     refuse_cuda_only_arguments,
     set_cpu_defaults,
 )
+from megatron_trinity.arguments.precision import add_precision_arguments
 from megatron_trinity.errors import UsageError
 from megatron_trinity.upstream import adapt_megatron
 
@@ -24,7 +25,9 @@ def _adapted() -> None:
 def _parser() -> argparse.ArgumentParser:
     from megatron.training.arguments import add_megatron_arguments
 
-    return set_cpu_defaults(add_megatron_arguments(argparse.ArgumentParser()))
+    parser = add_megatron_arguments(argparse.ArgumentParser())
+    add_precision_arguments(parser)
+    return set_cpu_defaults(parser)
 
 
 def test_defaults_hold_on_a_cpu() -> None:
@@ -39,7 +42,7 @@ def test_defaults_hold_on_a_cpu() -> None:
     [
         (["--distributed-backend", "nccl"], "--distributed-backend (use gloo)"),
         (["--transformer-impl", "transformer_engine"], "--transformer-impl (use local)"),
-        (["--fp8-format", "e4m3"], "--fp8-format (use --bf16 or fp32)"),
+        (["--precision", "fp8-blockwise"], "--precision (use bf16)"),
         (["--moe-grouped-gemm"], "--moe-grouped-gemm"),
         (["--moe-token-dispatcher-type", "flex"], "--moe-token-dispatcher-type (use alltoall"),
         (["--attention-backend", "flash"], "--attention-backend"),

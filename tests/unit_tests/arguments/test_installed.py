@@ -29,12 +29,12 @@ ROPE, PERMUTE, SWIGLU, WGRAD = (fusion.dest for fusion in FUSIONS)
         (NOTHING, set()),
         (ALL, {ROPE, PERMUTE, SWIGLU, WGRAD}),
         (Installed(triton=True), {SWIGLU}),
-        (Installed("2.20.2"), {ROPE}),
-        (Installed("2.20.2", triton=True), {ROPE, PERMUTE, SWIGLU}),
-        (Installed("2.20.2+abc", triton=True), {ROPE, PERMUTE, SWIGLU}),
+        (Installed("2.20.2"), {ROPE, WGRAD}),
+        (Installed("2.20.2", triton=True), {ROPE, PERMUTE, SWIGLU, WGRAD}),
+        (Installed("2.20.2+abc", triton=True), {ROPE, PERMUTE, SWIGLU, WGRAD}),
         (Installed("2.0.1", triton=True), {ROPE, SWIGLU}),
         (Installed("1.3", triton=True), {SWIGLU}),
-        (Installed("2.1.0.dev0", triton=True), {ROPE, PERMUTE, SWIGLU}),
+        (Installed("2.1.0.dev0", triton=True), {ROPE, PERMUTE, SWIGLU, WGRAD}),
         (Installed(apex=True), set()),
         (Installed(apex=True, wgrad_fusion=True), {WGRAD}),
         (Installed(deep_ep=True), set()),
@@ -72,7 +72,7 @@ def test_nothing_is_refused_that_was_not_asked_for() -> None:
     ("dest", "value", "library"),
     [
         ("transformer_impl", "transformer_engine", "Transformer Engine"),
-        ("fp8", "hybrid", "Transformer Engine"),
+        ("precision", "fp8-blockwise", "Transformer Engine 2.3, which fp8-blockwise needs,"),
         ("moe_permute_fusion", True, "Transformer Engine"),
         ("moe_grouped_gemm", True, "Transformer Engine"),
         ("attention_backend", "flash", "Transformer Engine"),
@@ -93,12 +93,29 @@ def test_what_is_asked_for_and_missing_is_refused(dest: str, value: object, libr
 
 def test_an_old_transformer_engine_is_none() -> None:
     with pytest.raises(UsageError, match="Transformer Engine is not installed"):
-        refuse_what_is_not_installed(arguments(fp8="hybrid"), Installed("1.14"))
+        refuse_what_is_not_installed(arguments(moe_grouped_gemm=True), Installed("1.14"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "before", "first"),
+    [
+        ("fp8-tensorwise", "2.1.0", "2.2.0"),
+        ("fp8-blockwise", "2.2.0", "2.3.0"),
+        ("fp8-delayed", "2.0.0", "2.1.0"),
+        ("fp8-mxfp8", "2.0.0", "2.1.0"),
+    ],
+)
+def test_a_recipe_needs_a_version(recipe: str, before: str, first: str) -> None:
+    args = arguments(precision=recipe)
+    with pytest.raises(UsageError, match=f"Engine {first[:3]}, which {recipe} needs, is not"):
+        refuse_what_is_not_installed(args, Installed(before))
+    refuse_what_is_not_installed(args, Installed(first))
 
 
 def test_all_are_told_at_once() -> None:
-    args = arguments(fp8="hybrid", te_rng_tracker=True, moe_enable_deepep=True)
-    with pytest.raises(UsageError, match=r"^--fp8-format, --te-rng-tracker: .*; --moe-enable-deep"):
+    args = arguments(moe_grouped_gemm=True, te_rng_tracker=True, moe_enable_deepep=True)
+    message = r"^--te-rng-tracker, --moe-grouped-gemm: .*; --moe-enable-deep"
+    with pytest.raises(UsageError, match=message):
         refuse_what_is_not_installed(args, NOTHING)
 
 
@@ -115,7 +132,8 @@ def test_every_flag_that_needs_a_library_needs_cuda() -> None:
             "layers: portable; kernels: those of torch; fused: nothing; not fused: RoPE (needs "
             "Transformer Engine), "
             "the permutation of tokens (needs Transformer Engine and Triton), SwiGLU (needs Triton "
-            "with a C compiler), the accumulation of gradients (needs NVIDIA's Apex)",
+            "with a C compiler), the accumulation of gradients (needs Transformer Engine "
+            "or NVIDIA's Apex)",
         ),
         (
             ALL,

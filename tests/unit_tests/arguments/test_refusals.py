@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from argparse import Namespace
 from typing import Any
 
 import pytest
 
+from megatron_trinity.arguments.precision import TUNING
 from megatron_trinity.arguments.refusals import REFUSALS, validate
 from megatron_trinity.errors import UsageError
 from tests.distributed.pool import RankPools
@@ -19,6 +21,11 @@ TP_2: dict[str, Any] = {
     "sequence_parallel": True,
 }
 CP_2: dict[str, Any] = {"world_size": 2, "context_parallel_size": 2}
+FP8: dict[str, Any] = {
+    "precision": "fp8-blockwise",
+    "transformer_impl": "transformer_engine",
+    "moe_grouped_gemm": True,
+}
 PROFILE: dict[str, Any] = {
     "profile": True,
     "use_pytorch_profiler": True,
@@ -177,8 +184,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"muon_momentum": 1.0},
         {"muon_momentum": float("nan")},
     ],
+    "param-gather": [
+        {"overlap_param_gather": True, "use_distributed_optimizer": True},
+        {"overlap_param_gather": True, "overlap_grad_reduce": True},
+    ],
+    "buckets": [{"ddp_bucket_size": 1000, "ddp_num_buckets": 2}],
     "muon-overlap": [
-        {"overlap_param_gather": True},
         {"overlap_param_gather_with_optimizer_step": True},
         {"optimizer_cpu_offload": True},
         {"optimizer_cuda_graph": True},
@@ -211,7 +222,18 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"mock_data": True, "valid_data_path": ["a"]},
         {"mock_data": True, "per_split_data_args_path": "a.json"},
     ],
+    "cyclic": [{"dataloader_type": "cyclic"}],
+    "packing-sources": [
+        {"packing": "in-order", "mock_data": True},
+        {"packing": "in-order", "data": "a.yaml"},
+    ],
+    "document-buffer": [{"document_buffer_size": 4}, {"document_buffers": 4, "packing": "greedy"}],
+    "packing-documents": [
+        {"packing": "document-buffer", "dataloader_inter_document_masking": False},
+        {"packing": "best-fit", "dataloader_inter_document_masking": False},
+    ],
     "data-sources": [
+        {"data": "a.yaml", "train_data_path": ["a"]},
         {"data_path": ["a"], "split": "98,2,0", "train_data_path": ["a"]},
         {"data_path": ["a"], "split": "98,2,0", "data_args_path": "a.txt"},
         {"test_data_path": ["a"], "per_split_data_args_path": "a.json"},
@@ -253,6 +275,20 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "loss-chunk": [{"loss_chunk_size": -1}],
     "alarm-window": [{"alarm_window": 16}, {"alarm_window": 30}],
+    "exit-within": [{"exit_within": 0.0}, {"exit_within": math.nan}],
+    "hang-minutes": [{"hang_minutes": -1.0}],
+    "exit-signal-handler": [
+        {"exit_signal_handler": True},
+        {"exit_signal_handler_for_training": True},
+        {"exit_signal_handler_for_dataloader": True},
+    ],
+    "spike-factor": [{"spike_factor": 1.0}, {"spike_factor": -2.0}],
+    "spike-action": [{"spike_action": "skip"}],
+    "spike-rewind": [
+        {"spike_action": "rewind", "spike_factor": 3.0, "save": "a", "save_interval": 1}
+    ],
+    "spike-window": [{"spike_window": 3}],
+    "spike-skips": [{"spike_skips": 0}],
     "skip-nonfinite-steps": [{"skip_nonfinite_steps": -1}],
     "wandb-unused": [{"wandb_exp_name": "a"}, {"wandb_save_dir": "a"}, {"wandb_entity": "a"}],
     "wandb-name": [{"wandb_project": "a", "wandb_save_dir": "b"}],
@@ -305,19 +341,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"mtp_num_layers": 1},
         {"hybrid_layer_pattern": "M*M*"},
     ],
-    "low-precision": [
-        {"fp8": "hybrid"},
-        {"fp4": "e2m1"},
-        {"fp8_param_gather": True, "optimizer": "adam"},
-        {"fp4_param_gather": True, "optimizer": "adam"},
-    ],
     "layers-of-others": [
         {"tp_comm_overlap": True},
         {"moe_grouped_gemm": True},
         {"use_te_activation_func": True},
         {"fused_residual_rmsnorm": True},
         {"use_transformer_engine_op_fuser": True},
-        {"te_precision_config_file": "file.yaml"},
         {"moe_single_grouped_weight": True},
         {"moe_single_grouped_bias": True},
         {"use_grouped_gemm_for_dense_mlp": True},
@@ -332,12 +361,82 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "deterministic-exchange": [
         {"deterministic_mode": True, "moe_token_dispatcher_type": "flex"},
     ],
+    "fp8-of-others": [{"precision": "fp8-blockwise"}, {"precision": "fp8-delayed"}],
+    "fp8-history": [
+        {**FP8, "fp8_margin": 0},
+        {**FP8, "precision": "fp8-tensorwise", "fp8_amax_history_len": 1},
+        {"fp8_amax_compute_algo": "max"},
+        {"precision": "bf16", "fp8_margin": 1},
+    ],
+    "layers-in-bf16": [{"first_last_layers_bf16": True}],
+    "number-of-layers-in-bf16": [
+        {**FP8, "num_layers_at_start_in_bf16": 1},
+        {"num_layers_at_end_in_bf16": 2},
+    ],
+    "too-many-layers-in-bf16": [
+        {**FP8, "first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 5},
+        {**FP8, "first_last_layers_bf16": True, "num_layers_at_end_in_bf16": -1},
+    ],
+    "delayed-layers-in-bf16": [
+        {**FP8, "precision": "fp8-delayed", "first_last_layers_bf16": True},
+    ],
+    "delayed-pipeline": [
+        {
+            **FP8,
+            "precision": "fp8-delayed",
+            "world_size": 2,
+            "pipeline_model_parallel_size": 2,
+        },
+    ],
+    "delayed-recompute": [
+        {
+            **FP8,
+            "precision": "fp8-delayed",
+            "recompute_granularity": "selective",
+            "recompute_modules": ["layernorm"],
+        },
+    ],
+    # On the wrong side by the least: 8 short of a multiple of 16, and 16 of one of 32.
+    "fp8-hidden-size": [
+        {**FP8, "hidden_size": 200},
+        {**FP8, "precision": "fp8-mxfp8", "hidden_size": 208},
+    ],
+    "fp8-heads": [{**FP8, "kv_channels": 4, "num_attention_heads": 6}],
+    "fp8-queries-gates-keys-and-values": [
+        {**FP8, "precision": "fp8-mxfp8", "kv_channels": 4, "num_attention_heads": 8},
+    ],
+    "fp8-dense-layers": [{**FP8, "ffn_hidden_size": 504}, {**FP8, **TP_2, "ffn_hidden_size": 528}],
+    "fp8-routed-experts": [
+        {**FP8, "moe_ffn_hidden_size": 120},
+        {**FP8, **TP_2, "expert_tensor_parallel_size": 2, "moe_ffn_hidden_size": 144},
+    ],
+    "fp8-shared-experts": [{**FP8, "moe_shared_expert_intermediate_size": 120}],
+    "fp8-tokens": [
+        {**FP8, "micro_batch_size": 1, "seq_length": 200, "sliding_window": 8},
+        {**FP8, **TP_2, "micro_batch_size": 1, "seq_length": 16, "sliding_window": 8},
+    ],
 }
 ACCEPTED: dict[str, dict[str, Any]] = {
     "the preset": {},
     "a window of one token": {"sliding_window": 1},
     "an exchange in any order": {"moe_token_dispatcher_type": "flex"},
     "attention of torch's own choice": {"attention_backend": "auto"},
+    "FP8": FP8,
+    "FP8 by tensor-parallel ranks": {**FP8, **TP_2},
+    "FP8 with past scales": {
+        **FP8,
+        "precision": "fp8-delayed",
+        "fp8_margin": 1,
+        "fp8_amax_history_len": 16,
+        "fp8_amax_compute_algo": "most_recent",
+    },
+    "FP8 in multiples of 32": {**FP8, "precision": "fp8-mxfp8"},
+    "FP8 but for the ends": {
+        **FP8,
+        "first_last_layers_bf16": True,
+        "num_layers_at_start_in_bf16": 4,
+        "num_layers_at_end_in_bf16": 0,
+    },
     "other layers": {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True},
     "every layer global": {"global_attn_every_n_layers": 1},
     "no dense layer": {"num_dense_layers": 0},
@@ -412,6 +511,8 @@ def tiny_arguments(rank: int, world_size: int) -> Namespace:
 def tiny(ranks: RankPools) -> Namespace:
     """Parsed by the trainer itself, so that every argument has the name and type it has there."""
     [args] = ranks.run(tiny_arguments, world_size=1)
+    # As they are when refusals look at them: None but for what is given.
+    vars(args).update(dict.fromkeys(TUNING))
     return args
 
 

@@ -9,18 +9,25 @@ from typing import Any
 
 import pytest
 
+from megatron_trinity.data.corpus import Corpus, Part
+from megatron_trinity.data.description import Description, PlannedPhase, Source, read_description
+from megatron_trinity.data.length_bias import LengthBias
 from megatron_trinity.data.manifest import sha256_of_file
-from megatron_trinity.data.sources import check_data, check_manifests, given_splits
+from megatron_trinity.data.packings import PACKINGS
+from megatron_trinity.data.plan import Plan
+from megatron_trinity.data.rows import RowPacking, greedy
+from megatron_trinity.data.sources import check_data, check_manifests, describe, given_splits
 from megatron_trinity.errors import TrinityError, UsageError
 from tests.trainer import write_dataset
 
 
 def arguments(**given: Any) -> Namespace:
-    names = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "split")
-    files = ("data_args_path", "per_split_data_args_path", "data_cache_path")
+    names = ("data", "data_path", "train_data_path", "valid_data_path", "test_data_path", "split")
+    files = ("data_args_path", "per_split_data_args_path")
+    packing = ("packing", "document_buffer_size", "document_buffers")
     rest = {"mock_data": False, "skip_train": False, "eval_iters": 1, "vocab_size": 160}
     tokenizer = {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}
-    return Namespace(**{**dict.fromkeys((*names, *files)), **rest, **tokenizer, **given})
+    return Namespace(**{**dict.fromkeys((*names, *files, *packing)), **rest, **tokenizer, **given})
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +55,21 @@ def test_which_splits_have_data(given: dict[str, Any], splits: set[str]) -> None
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({}, "no data: give --train-data-path"),
+        ({}, "no data: give --data, or --train-data-path"),
         ({"valid_data_path": ["{data}"]}, "no training data"),
         ({"data_path": ["{data}"], "split": "0,100,0"}, "no training data"),
-        ({"data_path": ["{data}"], "split": "99,1,0"}, "none of the 10 documents of {data} for v"),
+        ({"data_path": ["{data}"], "split": "99,1,0"}, "none of the 10 documents of {data} for"),
         ({"data_path": ["{data}"], "split": "969,30,1"}, "--split 969,30,1 leaves none"),
         ({"train_data_path": ["0", "{data}", "1", "b"]}, "{data} has a weight of 0 in its blend"),
         ({"data_path": ["1", "b", "-2", "{data}"], "split": "1"}, "{data} has a weight of -2"),
         ({"train_data_path": ["nan", "{data}"]}, "{data} has a weight of nan"),
-        ({"train_data_path": ["{data}"], "data_cache_path": "{data}.idx"}, "--data-cache-path"),
         (
-            {"mock_data": True, "data_cache_path": "{data}.idx/in/it"},
-            "{data}.idx is not a writable directory",
+            {"train_data_path": ["{data}", "0.7", "b", "0.3"]},
+            "0.7 is no path among the data, but a number",
+        ),
+        (
+            {"data_path": ["0.7", "0.3"], "split": "1"},
+            "0.3 is no path among the data, but a number",
         ),
     ],
 )
@@ -126,3 +136,93 @@ def test_a_token_that_the_model_has_not(tmp_path: Path) -> None:
     manifest(tmp_path / "own")
     with pytest.raises(UsageError, match="has token 150, the model 150 tokens"):
         check_manifests(arguments(train_data_path=[str(tmp_path / "own_train")], vocab_size=150))
+
+
+def test_flags_become_a_description(tmp_path: Path) -> None:
+    described = describe(arguments(data_path=["3", "a", "1", "b", "2", "a"], split="90,10"))
+    assert [source.name for source in described.sources] == ["a", "b"]
+    [phase] = described.phases
+    assert phase.weights == {"a": 5.0, "b": 1.0}  # a path that stands twice has both weights
+    assert [source.parts for source in described.sources] == [
+        (Part("a", 0.0, 0.9),),
+        (Part("b", 0.0, 0.9),),
+    ]
+    [valid] = described.validation
+    assert (valid.name, valid.weights) == ("", (5.0, 1.0))
+    assert valid.sources[0].parts == (Part("a", 0.9, 1.0),)
+    assert describe(arguments(train_data_path=["a", "b"])).phases[0].weights is None
+
+
+def test_files_that_name_data(tmp_path: Path) -> None:
+    (tmp_path / "paths").write_text("0.25 a\n0.75 b\n")
+    described = describe(arguments(data_args_path=str(tmp_path / "paths"), split="1"))
+    assert described.phases[0].weights == {"a": 0.25, "b": 0.75}
+    (tmp_path / "splits").write_text(json.dumps({"train": "a b", "valid": ["c"], "test": "d"}))
+    described = describe(arguments(per_split_data_args_path=str(tmp_path / "splits")))
+    named = [described.sources, described.validation[0].sources, described.test[0].sources]
+    assert [[source.name for source in sources] for sources in named] == [["a", "b"], ["c"], ["d"]]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packings_of_flags(tmp_path: Path, packing: str) -> None:
+    """Each is described; those that lay pieces side by side need documents kept apart."""
+    write_dataset(tmp_path / "data", documents=10)
+    options = {"size": 5, "buffers": 2} if packing == "document-buffer" else {}
+    args = arguments(
+        train_data_path=[str(tmp_path / "data")],
+        eval_iters=0,
+        packing=packing,
+        document_buffer_size=options.get("size"),
+        document_buffers=options.get("buffers"),
+        dataloader_inter_document_masking=True,
+    )
+    (phase,) = describe(args).phases
+    assert (phase.packing, phase.options) == (packing, options)
+    check_data(args)
+    args.dataloader_inter_document_masking = False
+    if PACKINGS[packing].masking:
+        with pytest.raises(UsageError, match="keeps them apart"):
+            check_data(args)
+    else:
+        check_data(args)
+
+
+def test_packings_and_lengths_of_a_file(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data")
+    file = tmp_path / "data.yaml"
+    source = f"sources: {{a: {{path: {tmp_path / 'data'}, length_bias: {{full_at: 100}}}}}}\n"
+    file.write_text(source + "phases: [{packing: {kind: document-buffer, size: 3, buffers: 2}}]\n")
+    described = read_description(file)
+    assert described.sources[0].length_bias == LengthBias(full_at=100)
+    plan = Plan(described, 32, 1)
+    corpus, pieces = plan.pieces(0)
+    assert 0 < corpus.tokens < Corpus((Part(str(tmp_path / "data")),)).tokens
+    assert sum(piece.length for piece in pieces) in (32, 33)
+    for wrong, says in (
+        ("packing: {kind: best-fit, size: 3}", "best-fit has no size"),
+        ("packing: {kind: document-buffer, size: 0}", "size is 0; give a number above 0"),
+        ("packing: {kind: document-buffer, size: 1.5}", "give a whole number"),
+        ("packing: none", "is none of sequential"),
+    ):
+        file.write_text(source + f"phases: [{{{wrong}}}]\n")
+        with pytest.raises(UsageError, match=says):
+            read_description(file)
+    file.write_text(source.replace("100", "100, floor: 0.95"))
+    with pytest.raises(UsageError, match="floor has to be at most ceiling"):
+        read_description(file)
+
+
+def test_padded_rows_end_an_epoch_later(tmp_path: Path) -> None:
+    """Rows of whole documents are more than the tokens would fill; an epoch is all of them."""
+    write_dataset(tmp_path / "data")
+    part = Part(str(tmp_path / "data"))
+    phase = PlannedPhase(packing="greedy")
+    plan = Plan(Description((Source("a", (part,), epochs=1),), (phase,)), 32, 1)
+    corpus, _ = plan.pieces(0)
+    rows = len(RowPacking(corpus.lengths, 32, 1, fit=greedy))
+    assert rows > corpus.tokens / 32
+    plan.check_length(rows)
+    assert plan.given(rows)[0].epochs == 1
+    assert plan.given(rows)[0].documents == corpus.documents
+    with pytest.raises(UsageError, match="may be read 1 times"):
+        plan.check_length(rows + 1)

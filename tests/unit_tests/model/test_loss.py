@@ -341,8 +341,9 @@ def test_a_second_backward_pass_over_kept_logits_is_refused(ranks: RankPools) ->
 def test_how_long_a_chunk_is() -> None:
     from megatron_trinity.model.loss import blocks, chunk_length
 
-    assert chunk_length(8192, 200192, None) == 670
-    assert chunk_length(8192, 200192 // 8, None) == 5363
+    assert chunk_length(8192, 200192, None) == 683  # a twelfth; 742 would fit
+    assert chunk_length(8192, 200192, None, 4) == 1024  # an eighth; 1112 would fit
+    assert chunk_length(8192, 200192 // 8, None) == 4096
     assert chunk_length(2048, 8192, None) == 2048
     assert chunk_length(100, 2**28, None) == 1
     assert [chunk_length(100, 50, size) for size in (0, 1, 99, 100, 101)] == [100, 1, 99, 100, 100]

@@ -70,7 +70,7 @@ def of_large(rank: int, world_size: int, tensor_parallel: int) -> Held:
 
     from megatron_trinity.model.loss import token_losses
 
-    group: Any = SimpleNamespace(rank=lambda: 0)
+    group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: tensor_parallel)
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return token_losses(hidden, weight, labels, 200_192, group).cross_entropy.sum()
@@ -125,5 +125,5 @@ def test_large_holds_less_than_a_gigabyte(ranks: RankPools, tensor_parallel: int
     [got] = ranks.run(of_large, tensor_parallel, world_size=1)
     of_weight = 200_192 // tensor_parallel * 3072 * BF16
     assert got.kept < 0.5e6
-    assert 0.8e9 < got.forward < 0.82e9
-    assert 0.8e9 < got.backward - of_weight < 0.97e9
+    assert 0.8e9 < got.forward < 0.892e9
+    assert 0.8e9 < got.backward - of_weight < 0.98e9

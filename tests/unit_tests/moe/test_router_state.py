@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from megatron_trinity.moe.balancing import sign_update, smebu_update
-from megatron_trinity.moe.router import MOMENTUM, TrinityRouter
+from megatron_trinity.moe.router import MOMENTUM, TrinityRouter, balance
+from megatron_trinity.planning.costs.operations import OperationCounter
+from megatron_trinity.planning.costs.places import Places
 
 EXPERTS = 4
 EXACT = torch.tensor([0.1, 1e-3, 257.25, -3.0000002])  # bf16 would round each
@@ -84,7 +86,7 @@ def test_balance_is_the_rule_that_was_chosen() -> None:
         module.expert_bias.copy_(torch.tensor([0.3, -0.1, -0.1, -0.1]))
         before = module.expert_bias.clone()
         for _ in range(2):
-            module.balance(counts)
+            balance([module], counts.unsqueeze(0))
         if rule == "sign":
             expected = sign_update(sign_update(before, counts, 1e-3), counts, 1e-3)
         elif rule == "smebu":
@@ -94,6 +96,24 @@ def test_balance_is_the_rule_that_was_chosen() -> None:
         else:
             expected = before
         assert torch.equal(module.expert_bias, expected)
+
+
+@pytest.mark.parametrize("rule", ["sign", "smebu"])
+def test_layers_that_are_balanced_at_once_are_as_if_alone(rule: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    together, alone = ([router(rule) for _ in range(5)] for _ in range(2))
+    for _ in range(4):
+        counts = torch.randint(100, (5, EXPERTS), generator=generator)
+        with OperationCounter(Places("all")) as of_all:
+            balance(together, counts)
+        with OperationCounter(Places("all")) as of_one:
+            balance(alone[:1], counts[:1])
+        assert of_all.launches.total() == of_one.launches.total()
+        for module, of_layer in zip(alone[1:], counts[1:], strict=True):
+            balance([module], of_layer.unsqueeze(0))
+    for one, other in zip(together, alone, strict=True):
+        assert all(map(torch.equal, one.buffers(), other.buffers()))
+        assert one.expert_bias.any()
 
 
 def test_only_smebu_has_momentum() -> None:

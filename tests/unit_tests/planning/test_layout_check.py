@@ -50,10 +50,10 @@ def test_stages_for_the_reader(args: Namespace, ranks: list[BuiltRank]) -> None:
     assert (first.holds, last.holds) == ("embedding, 1-3", "4-5, LM head")
     assert first.parameters == ranks[0].dense + ranks[0].expert
     dense, expert = ranks[0].dense, ranks[0].expert
-    # Two ranks share what is not an expert's; an expert is on one rank of the stage. The largest
-    # tensor that stays whole has the rows of queries, gate, keys and values.
-    largest = 2 * (6 + 2) * 32 * 192
-    state = 6 * (dense + expert) + 12 * (dense // 2 + expert + largest)
+    # Two ranks share what is not an expert's; an expert is on one rank of the stage. AdamW, with a
+    # second moment, has the embedding and the gains of three layers.
+    adamw = 192 * 2048 + 3 * (4 * 192 + 2 * 32)
+    state = 6 * (dense + expert) + 8 * (dense // 2 + expert) + 4 * adamw // 2
     assert first.state_bytes == state
     # By hand: a layer's matrices, two products of 257/2 keys a token, and the LM head.
     layer = 192 * 32 * (3 * 6 + 2 * 2) + 192 * (8 + 3 * 3 * 128) + 257 * 6 * 32

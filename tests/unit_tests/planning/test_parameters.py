@@ -20,6 +20,6 @@ def test_published_numbers(name: str) -> None:
 
 def test_training_state() -> None:
     # 100 parameters in bf16 with fp32 gradients; a fifth and a half of them with optimizer state,
-    # and a whole tensor.
-    assert training_state_bytes(60, 40, 5, 2, largest=9) == 600 + 12 * (12 + 20 + 9)
-    assert training_state_bytes(7, 0, 2, 2, largest=0) == 42 + 12 * 4
+    # and a second moment of ten.
+    assert training_state_bytes(60, 40, 5, 2, adamw=10) == 600 + 8 * (12 + 20) + 4 * 2
+    assert training_state_bytes(7, 0, 2, 2, adamw=0, gradient_bytes=2) == 28 + 8 * 4

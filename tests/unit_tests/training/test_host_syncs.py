@@ -78,17 +78,22 @@ def test_the_host_waits_once_for_all_that_is_logged(ranks: RankPools) -> None:
 
 def adding_up(rank: int, world_size: int) -> tuple[dict[str, int], list[float]]:
     """What Megatron's log does with values, in a log that adds them up as it does."""
+    from megatron.core.timers import Timer
+
     from megatron_trinity.upstream import training_hooks
 
     totals: dict[str, Any] = {}
 
     def log(losses: dict[str, Tensor], total: dict[str, Tensor], iteration: int) -> None:
         for name, value in losses.items():
-            total[name] = total[name] + value
+            zero = torch.tensor([0.0], device=torch.cuda.current_device())
+            total[name] = total.get(name, zero) + value
         if iteration == 2:
+            timer.elapsed(barrier=True)
             averages.extend(total[name].item() / 2 for name in total)
-            total.update({name: torch.zeros(1) for name in total})
 
+    timer = Timer("interval-time")
+    timer.start()
     averages: list[float] = []
     hooks = Namespace(values=lambda: {"lm loss": 0.1, "speed": 3.0}, log_written=lambda: None)
     before = training_hooks._hooks

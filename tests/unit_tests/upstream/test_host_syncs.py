@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_trinity.planning.costs.host_syncs import HostSyncs
+from megatron_trinity.planning.costs.operations import OperationCounter
 from megatron_trinity.planning.costs.places import Places
 from megatron_trinity.upstream.local_norms import l2_norm
 from megatron_trinity.upstream.one_rank_stats import as_reduced
@@ -56,3 +57,20 @@ def test_ranks_agree_where_there_are_several(ranks: RankPools) -> None:
     together = ranks.run(agreed, 2, world_size=2)
     assert [values for values, _ in together] == [[1.0, None, False]] * 2
     assert all(number > 0 for _, number in together)
+
+
+def judged(rank: int, world_size: int, bad: int | None) -> tuple[list[float], bool, int]:
+    from megatron_trinity.upstream.gradient_checks import read_norms
+
+    norms = [torch.tensor(1.0 + rank), torch.tensor(math.nan if rank == bad else 3e38)]
+    with OperationCounter(Places("all")), HostSyncs(Places("all")) as syncs:
+        values, anywhere = read_norms(norms[: 2 - (bad is None and rank)], False)
+        finite = [float(value) for value in values if value.isfinite()]
+    return finite, anywhere, syncs.found.total()
+
+
+def test_the_norms_of_all_gradient_buffers_are_read_at_once(ranks: RankPools) -> None:
+    large = float(torch.tensor(3e38))
+    assert ranks.run(judged, None, world_size=2) == [([1.0, large], False, 1), ([2.0], False, 1)]
+    # A rank whose own are finite learns of the other's.
+    assert ranks.run(judged, 1, world_size=2) == [([1.0, large], True, 1), ([2.0], True, 1)]

@@ -26,6 +26,21 @@ from tests.paths import ROOT
 
 # First 16 hex digits of the SHA-256 of each upstream definition, without comments and layout.
 FINGERPRINTS: dict[str, str] = {
+    "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup.start_grad_sync": (
+        "8686bdc99a75bc87"
+    ),
+    "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup.reset": (
+        "54d30b2d665a5ead"
+    ),
+    "megatron.training.models.dist_utils._ddp_wrap": "ce6bfe417a12fd35",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.compute_full_param_layout": (
+        "21699e5d50a2b60e"
+    ),
+    "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup.check_grads": (
+        "b0ebbcb5b563327e"
+    ),
+    "megatron.core.rerun_state_machine.RerunStateMachine._reduce_any": "14be74e3dbf7e7fd",
+    "megatron.core.timers.Timer.elapsed": "99a0474a4164b3e6",
     "megatron.core.utils.local_multi_tensor_l2_norm": "afdb0d1778923660",
     "megatron.training.utils.common_utils.reduce_max_stat_across_model_parallel_group": (
         "8ab40e5c08c5f1ac"
@@ -94,6 +109,10 @@ FINGERPRINTS: dict[str, str] = {
     "megatron.training.training.build_train_valid_test_data_iterators": "e9cb1d9938fbbce7",
     "megatron.training.training.consume_seqlen_stats_in_iteration": "d3e918d3862cfdbd",
     "megatron.training.training.evaluate": "0531c445cb0eea0f",
+    "megatron.training.training.checkpoint_and_decide_exit": "9698928544cfed9c",
+    "megatron.training.training.save_checkpoint_and_time": "d526e97cbdb6bf51",
+    "megatron.training.ft_integration.on_eval_step_end": "e311e59332a03e89",
+    "megatron.training.training.evaluate_and_print_results": "3f2914b37a4096bb",
     "megatron.training.training.get_train_valid_test_num_samples": "84c82ad2d0ac45d9",
     "megatron.training.training.num_floating_point_operations": "8b304ea7e2ac3ff2",
     "megatron.training.training.train_step": "24a1feeb0a08d846",

@@ -1,14 +1,14 @@
-"""Samples whose documents are kept apart, with the loss mask that this needs."""
+"""Megatron's random documents kept apart, with the loss mask that this needs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import MockGPTDataset
 
 
-class _WithoutLossAtBorders:
+class MockDocumentDataset(MockGPTDataset):
     """Takes the loss from the last token of a document: its label belongs to the next document.
 
     Megatron's dataset gives the documents of a sample as `cu_seqlens`. Whether the last one ends
@@ -17,21 +17,13 @@ class _WithoutLossAtBorders:
     """
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, Any, list[int]]:
-        text, documents, lengths = super()._query_document_sample_shuffle_indices(idx)  # type: ignore[misc]
+        text, documents, lengths = super()._query_document_sample_shuffle_indices(idx)
         self._lengths = list(lengths)  # the caller changes its own
         return text, documents, lengths
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
-        sample = super().__getitem__(idx)  # type: ignore[misc]
+        sample = super().__getitem__(idx)
         ends = np.cumsum(self._lengths[:-1]) - 1
         mask = sample["loss_mask"].clone()  # the dataset keeps the original for all samples
         mask[ends] = 0.0
         return {**sample, "loss_mask": mask}
-
-
-class DocumentDataset(_WithoutLossAtBorders, GPTDataset):
-    """Megatron's GPT dataset with documents kept apart."""
-
-
-class MockDocumentDataset(_WithoutLossAtBorders, MockGPTDataset):
-    """Megatron's random documents kept apart."""

@@ -1,0 +1,182 @@
+"""Does the document buffer calm training? Batch heterogeneity and the kurtosis of gradient norms.
+
+The tiny preset on source files of installed packages, whose lengths are skewed: documents one
+behind the other in order, the same samples shuffled, and the Random Sequential Document Buffer.
+Each reads the same number of tokens, with documents kept apart and a sequence a micro-batch. Runs
+of a seed start from the same weights. A run that is done is not redone.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from megatron_trinity.command_line.parser import command_parser
+from megatron_trinity.command_line.rows import add_json_argument, make_row, write_rows
+from megatron_trinity.command_line.scalars import read_scalars
+from megatron_trinity.errors import TrinityError, run_command
+
+EXAMPLE = """example:
+  python benchmarks/rsdb.py --steps 300 --seeds 1 2 3 --figure docs/document_buffer.svg
+"""
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("numpy", "sympy", "networkx", "mpmath")
+CASES: Mapping[str, tuple[str, ...]] = {
+    "in-order": (),
+    "sequential": (),
+    "document-buffer": ("--document-buffer-size", "64", "--document-buffers", "4"),
+}
+COLOURS = {"in-order": "#D55E00", "sequential": "#0072B2", "document-buffer": "#009E73"}
+HETEROGENEITY, GRAD_NORM, LOSS = "batch heterogeneity", "grad-norm", "lm loss"
+WARM_UP = 20  # steps that are left out: the norm falls there whatever is read
+REPORT = {"heterogeneity": -0.46, "kurtosis": (14.6, 187.0)}
+
+
+def kurtosis(values: Sequence[float]) -> float:
+    """The fourth standardized moment: 3 for a normal distribution."""
+    mean = fmean(values)
+    variance = fmean((value - mean) ** 2 for value in values)
+    return fmean((value - mean) ** 4 for value in values) / variance**2
+
+
+def prepare(output: Path) -> None:
+    """Tokenizer and dataset in `output`; nothing is done twice."""
+    packages = [Path(sysconfig.get_path("purelib")) / name for name in PACKAGES]
+    sources = [str(path) for path in packages if path.is_dir()]
+    common = ["--source", *sources, "--glob", "**/*.py", "--valid-fraction", "0.01"]
+    tokenizer, data = str(output / "tokenizer"), str(output / "data")
+    _run("tools/train_tokenizer.py", *common, "--vocab-size", "2048", "--output", tokenizer)
+    _run("tools/prepare_data.py", *common, "--tokenizer", tokenizer, "--output", data)
+
+
+def train(output: Path, case: str, seed: int, steps: int) -> dict[str, list[float]]:
+    """The scalars of a run, a value a step."""
+    run = output / f"{steps}-steps" / f"{case}-{seed}"
+    if not (run / "done").exists():
+        print(f"{case}, seed {seed}", file=sys.stderr, flush=True)
+        flags = {
+            "--preset": "tiny",
+            "--tokenizer-model": output / "tokenizer",
+            "--train-data-path": output / "data_train",
+            "--packing": case,
+            "--seed": seed,
+            "--micro-batch-size": 1,
+            "--global-batch-size": 16,
+            "--train-iters": steps,
+            "--lr-warmup-iters": WARM_UP,
+            "--log-interval": 1,
+            "--eval-iters": 0,
+            "--num-workers": 0,
+            "--tensorboard-dir": run / "tensorboard",
+        }
+        words = [str(word) for pair in flags.items() for word in pair]
+        run.mkdir(parents=True, exist_ok=True)
+        for old in (run / "tensorboard").glob("*"):
+            old.unlink()
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
+        _run(
+            *launcher,
+            "pretrain_trinity.py",
+            *words,
+            "--dataloader-inter-document-masking",
+            *CASES[case],
+        )
+        (run / "done").touch()
+    scalars = read_scalars(run / "tensorboard")
+    return {name: list(scalars[name].values()) for name in (HETEROGENEITY, GRAD_NORM, LOSS)}
+
+
+def _run(*words: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        told = (done.stderr + done.stdout).splitlines()
+        errors = [line for line in told if line.startswith("error")] or told[-3:]
+        raise TrinityError(f"{' '.join(words[:6])} failed: {' '.join(errors)}")
+
+
+def draw(runs: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], figure: Path) -> None:
+    """Heterogeneity and gradient norm of the first seed against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.hashsalt": "rsdb", "svg.fonttype": "none", "font.size": 11}
+    import matplotlib.pyplot as plt
+
+    canvas, both = plt.subplots(2, figsize=(7.2, 5.4), sharex=True, layout="constrained")
+    for axes, name in zip(both, (HETEROGENEITY, GRAD_NORM), strict=True):
+        for case, of_seeds in runs.items():
+            values = of_seeds[0][name][WARM_UP:]
+            steps = range(WARM_UP + 1, WARM_UP + 1 + len(values))
+            axes.plot(steps, values, color=COLOURS[case], linewidth=1, label=case)
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.25, linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    both[0].legend(frameon=False, ncols=3)
+    both[1].set_xlabel("step")
+    canvas.savefig(figure, dpi=110, metadata={"Date": None} if figure.suffix == ".svg" else None)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
+    parser = command_parser(__doc__, EXAMPLE)
+    parser.add_argument("--steps", type=int, default=300, help="of each run (default %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "rsdb")
+    parser.add_argument("--figure", type=Path, help="also draw the first seed, as .svg or .png")
+    parser.add_argument("--quick", action="store_true", help="a few steps of one seed")
+    add_json_argument(parser)
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.steps, arguments.seeds = WARM_UP + 4, arguments.seeds[:1]
+    if arguments.steps < WARM_UP + 4:
+        parser.error(f"--steps has to be at least {WARM_UP + 4}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    output = arguments.output.resolve()
+    prepare(output)
+    runs: dict[str, list[dict[str, list[float]]]] = {case: [] for case in CASES}
+    for seed in arguments.seeds:
+        for case in CASES:
+            runs[case].append(train(output, case, seed, arguments.steps))
+    print("| packing | batch heterogeneity | kurtosis of the gradient norm | last loss |")
+    print("|---|---|---|---|")
+    means: dict[str, tuple[float, float]] = {}
+    for case, of_seeds in runs.items():
+        het = [fmean(run[HETEROGENEITY][WARM_UP:]) for run in of_seeds]
+        kurt = [kurtosis(run[GRAD_NORM][WARM_UP:]) for run in of_seeds]
+        loss = [fmean(run[LOSS][-10:]) for run in of_seeds]
+        means[case] = (fmean(het), fmean(kurt))
+        cells = (" ".join(f"{value:.3g}" for value in values) for values in (het, kurt, loss))
+        print(f"| {case} | {' | '.join(cells)} |")
+    ours = means["document-buffer"]
+    for peer in ("in-order", "sequential"):
+        change = ours[0] / means[peer][0] - 1
+        print(
+            f"against {peer}: heterogeneity {change:+.0%} (report {REPORT['heterogeneity']:+.0%}), "
+            f"kurtosis {ours[1]:.1f} against {means[peer][1]:.1f} (report 14.6 against 187)"
+        )
+    units = ((HETEROGENEITY, "nats"), ("kurtosis of the gradient norm", ""))
+    rows = [
+        make_row(f"{name}: buffer against {peer}", ours[n], means[peer][n], unit)
+        for n, (name, unit) in enumerate(units)
+        for peer in ("in-order", "sequential")
+    ]
+    write_rows(arguments.json, rows)
+    if arguments.figure:
+        draw(runs, arguments.figure)
+
+
+if __name__ == "__main__":
+    run_command(main)

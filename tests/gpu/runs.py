@@ -1,0 +1,123 @@
+"""Runs of the real trainer, a process each, on a small model over data that can be learned."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tests.gpu.machine import Machine
+from tests.gpu.rows import last_line
+from tests.paths import ROOT
+
+Steps = dict[int, str]
+"""Iteration to its losses and gradient norm in hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A folder of runs over the same data.
+
+    Attributes:
+        folder: of the data, and what runs save.
+    """
+
+    machine: Machine
+    folder: Path
+
+    def train(self, name: str, *flags: str) -> Steps:
+        """Steps that a run took, whatever it was called before.
+
+        Raises:
+            RuntimeError: it failed; with its last line.
+        """
+        file, log = self.folder / f"{name}.steps", self.folder / f"{name}.log"
+        command = [sys.executable, "-m", "tests.gpu.train", str(file)]
+        with log.open("w") as stream:
+            code = subprocess.run(
+                [*command, *self._flags(), *flags],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        if code:
+            told = last_line(log.read_text(errors="replace"))
+            raise RuntimeError(f"the run {name} ended with {code}: {told}")
+        return steps_of(file)
+
+    def _flags(self) -> list[str]:
+        """Widths that kernels for tiles of 16 and FP8 blocks of 128 can take."""
+        sizes = self.machine.size(
+            {"hidden-size": 256, "num-attention-heads": 8, "kv-channels": 32, "seq-length": 256},
+            {
+                "hidden-size": 64,
+                "ffn-hidden-size": 64,
+                "num-attention-heads": 4,
+                "kv-channels": 16,
+                "moe-ffn-hidden-size": 32,
+                "vocab-size": 160,
+                "seq-length": 32,
+                "sliding-window": 8,
+                "micro-batch-size": 2,
+                "global-batch-size": 4,
+            },
+        )
+        options = {
+            "preset": "tiny",
+            **sizes,
+            "tokenizer-type": "NullTokenizer",
+            "train-data-path": self.folder / "data",
+            "valid-data-path": self.folder / "data",
+            "lr-warmup-iters": 2,
+            "eval-iters": 1,
+            "eval-interval": 100000,
+            "log-interval": 1,
+            "num-workers": 0,
+        }
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return [*words, "--bf16"]
+
+
+@contextmanager
+def runs(machine: Machine) -> Iterator[Runs]:
+    """A folder with data; gone afterwards."""
+    from megatron_trinity.upstream import adapt_megatron
+
+    adapt_megatron()
+
+    from tests.trainer import write_dataset
+
+    with TemporaryDirectory() as scratch:
+        write_dataset(Path(scratch) / "data", documents=machine.size(20000, 120))
+        yield Runs(machine, Path(scratch))
+
+
+def steps_of(file: Path) -> Steps:
+    from tests.steps import recorded
+
+    return dict(recorded(file))
+
+
+def loss_of(step: str) -> float:
+    """The language model's loss among the losses of a step."""
+    return float.fromhex(step.split(" ")[0].split(",")[0])
+
+
+def unlike(one: Steps, other: Steps) -> int:
+    """Steps of the second that are not those of the first, bit by bit, or are not there."""
+    return sum(one.get(number) != values for number, values in other.items())
+
+
+def apart(one: Steps, other: Steps) -> float:
+    """The largest difference of losses, relative."""
+    if one.keys() != other.keys() or not one:
+        return float("nan")
+    losses = [(loss_of(one[number]), loss_of(other[number])) for number in one]
+    return max(abs(a - b) / abs(a) for a, b in losses)

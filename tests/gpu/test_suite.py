@@ -1,0 +1,82 @@
+"""The GPU suite itself: its rows, its exit codes, and all of it at toy size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu.rows import FELL_SHORT, HELD, MEASURED, as_toy, at_most, beside, last_line
+from tests.paths import ROOT
+
+
+def test_verdicts() -> None:
+    assert at_most("a", 1.0, 1.0).verdict == HELD
+    worse = at_most("a", 1.1, 1.0)
+    assert worse.verdict == FELL_SHORT
+    assert worse.fails
+    assert at_most("a", float("nan"), 1.0).fails
+    faster = beside("b", (1.0, 2.0), "peer", "ms")
+    assert (faster.verdict, faster.against) == (HELD, "peer: 2 (ratio 2.00)")
+    slower = beside("b", (1.0, 2.0), "peer", "tokens/s", more_is_better=True)
+    assert slower.verdict == FELL_SHORT
+    assert not slower.fails
+    assert as_toy(slower).verdict == MEASURED
+    assert as_toy(worse) == worse
+    assert last_line("x\nerror: told\nTraceback") == "error: told"
+
+
+def suite(tmp_path: Path, *words: str) -> tuple[int, list[dict[str, Any]], str]:
+    file = tmp_path / "rows.json"
+    answer = subprocess.run(
+        [sys.executable, "-m", "tests.gpu", "--json", str(file), *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    return answer.returncode, rows, answer.stderr
+
+
+@pytest.mark.slow
+def test_a_subject_that_fails_is_a_row(tmp_path: Path) -> None:
+    code, rows, told = suite(tmp_path, "--toy", "tests.gpu.broken", "norm")
+    assert code == 1
+    assert [row["verdict"] for row in rows[:2]] == [HELD, "failed: RuntimeError: it breaks"]
+    assert {row["subject"] for row in rows} == {"tests.gpu.broken", "norm"}
+    assert "1 of 26 rows fail" in told
+    values = [row["value"] for row in rows if row["correctness"] and row["subject"] == "norm"]
+    assert len(values) == 18
+    assert all(0 < value < 4e-3 for value in values)
+
+
+@pytest.mark.slow
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    code, rows, told = suite(tmp_path)
+    assert (code, rows) == (2, [])
+    assert "there is no GPU here; --toy" in told
+
+
+@pytest.mark.slow
+def test_a_folder_without_wheels_is_refused(tmp_path: Path) -> None:
+    script = ROOT / "tests/run_gpu.sh"
+    (tmp_path / "empty").mkdir()
+    for folder, told in (("none", "no such folder"), ("empty", "it holds no wheels")):
+        words = ["bash", str(script), "--wheels", str(tmp_path / folder)]
+        answer = subprocess.run(words, capture_output=True, text=True)
+        assert answer.returncode == 2
+        assert answer.stderr == f"error: --wheels {tmp_path / folder}: {told}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", ["attention", "saves"])
+def test_a_subject_at_toy_size(tmp_path: Path, subject: str) -> None:
+    code, rows, told = suite(tmp_path, "--toy", subject)
+    assert code == 0, told
+    held = [row for row in rows if row["correctness"]]
+    assert held
+    assert all(row["verdict"] == HELD for row in held)
