@@ -90,8 +90,6 @@ def _cached_on_hub(named: Path) -> Path:
 
 
 def _load_hugging_face(directory: Path, path: Path) -> TokenizerInfo:
-    # Without this transformers imports torch, which is slow and speaks of CUDA; none is used here.
-    os.environ.setdefault("USE_TORCH", "0")
     with interrupts_deferred():
         from transformers import AutoTokenizer
 

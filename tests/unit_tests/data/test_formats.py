@@ -128,7 +128,7 @@ def test_dictionary_of_splits_is_refused_with_their_names(tmp_path: Path) -> Non
     (tmp_path / "all" / "test").mkdir()
     (tmp_path / "all" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(
-        UsageError, match="all is a `datasets` dictionary of the splits test, train"
+        UsageError, match=r"all is a `datasets` dictionary of the splits test, train"
     ):
         list(listed(tmp_path / "all"))
 
@@ -205,7 +205,7 @@ def test_columns_without_text_are_refused(kind: str, tmp_path: Path) -> None:
     WRITERS[path.name](path)
     with pytest.raises(TrinityError, match=r"no column 'body', but id, text: .*--json-key"):
         list(iterate_documents(listed(path), "body", SkipReport()))
-    with pytest.raises(TrinityError, match="column 'id' of .* is of int64, not of text"):
+    with pytest.raises(TrinityError, match=r"column 'id' of .* is of int64, not of text"):
         list(iterate_documents(listed(path), "id", SkipReport()))
 
 

@@ -19,6 +19,7 @@ from megatron_trinity.data import chunks, prepare, work
 from megatron_trinity.data.documents import SkipReport
 from megatron_trinity.data.prepare import PrepareRequest, prepare_dataset
 from megatron_trinity.errors import TrinityError
+from tests.crosses import first
 from tests.paths import ROOT
 
 TOOL = """
@@ -40,10 +41,9 @@ def source(tmp_path: Path) -> Path:
     """Bad lines among good ones, and files before and behind."""
     root = tmp_path / "in"
     root.mkdir()
-    lines = [
-        json.dumps({"text": f"{i}: the router sends 1234567 tokens " * 20}) for i in range(4000)
-    ]
-    lines[10::500] = [""] * len(lines[10::500])
+    texts = [f"{i}: the router sends 1234567 tokens " * 20 for i in range(1600)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    lines[10::200] = [""] * 8
     (root / "b.jsonl").write_text("\n".join(lines))
     for name in ("a.txt", "c.txt"):
         (root / name).write_text(f"{name}, a text file")
@@ -123,13 +123,13 @@ def test_what_was_done_is_not_done_again(
     request = PrepareRequest((str(source),), tokenizer_dir, tmp_path / "whole" / "d")
     prepare_dataset(request)
     other = replace(request, output=tmp_path / "out" / "d")
-    encoded = interrupted(other, 100, monkeypatch)
-    assert encoded == list(range(100))
+    encoded = interrupted(other, 30, monkeypatch)
+    assert encoded == list(range(30))
     assert [path.name for path in other.output.parent.iterdir()] == [".d.part"]
     prepare_dataset(other)
-    first, second = encoded[:100], encoded[100:]
+    again = encoded[30:]
     files = prepare._files(other, SkipReport())
-    assert len(first) + len(second) == len(list(chunks.chunks_of(files, "text")))
+    assert 30 + len(again) == len(list(chunks.chunks_of(files, "text")))
     assert files_of(other.output.parent) == files_of(request.output.parent)
 
 
@@ -137,7 +137,7 @@ def test_work_on_another_request_is_not_gone_on_with(
     source: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = PrepareRequest((str(source),), tokenizer_dir, tmp_path / "out" / "d")
-    interrupted(request, 50, monkeypatch)
+    interrupted(request, 20, monkeypatch)
     changed = replace(request, valid_fraction=0.2)
     made, _ = prepare_dataset(changed)
     alone, _ = prepare_dataset(replace(changed, output=tmp_path / "alone" / "d"))

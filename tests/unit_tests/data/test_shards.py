@@ -60,7 +60,7 @@ def test_second_run_of_a_shard_does_nothing_and_another_is_refused(job: PrepareR
 
 
 def test_shards_that_do_not_fit_are_refused(job: PrepareRequest) -> None:
-    with pytest.raises(TrinityError, match="no shards of .*--shard I/N"):
+    with pytest.raises(TrinityError, match=r"no shards of .*--shard I/N"):
         merge(job.output)
     make_shards(job, 3)
     second = Shard(2, 3).directory(job.output)
