@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_trinity.command_line.documents import add_selection_arguments, add_source_argument
+from megatron_trinity.command_line.documents import (
+    add_selection_arguments,
+    add_source_argument,
+    format_of_arguments,
+    print_datasets,
+)
 from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.data.documents import PYTHON_STDLIB
 from megatron_trinity.errors import run_command
@@ -22,7 +27,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__, EXAMPLE)
     add_source_argument(parser)
     parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="a Hugging Face tokenizer's directory"
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="a Hugging Face tokenizer's directory or tokenizer.json, OWNER/NAME from the Hub's "
+        "cache, or a SentencePiece .model",
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="prefix: PREFIX_train.bin, PREFIX.json, ..."
@@ -39,6 +48,11 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         help="processes that tokenise; the result is the same for any number (default: one a CPU)",
     )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="make part I of N, on N machines; tools/merge_data.py makes one output of all",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser.parse_args()
 
@@ -47,6 +61,7 @@ def main() -> None:
     arguments = parse_arguments()
     from megatron_trinity.data.encode import available_cpus
     from megatron_trinity.data.prepare import PrepareRequest, prepare_dataset
+    from megatron_trinity.data.shards import Shard
     from megatron_trinity.progress import progress_for_terminal
 
     request = PrepareRequest(
@@ -59,21 +74,17 @@ def main() -> None:
         append_eod=arguments.append_eod,
         workers=available_cpus() if arguments.workers is None else arguments.workers,
         overwrite=arguments.overwrite,
+        format=format_of_arguments(arguments),
+        shard=None if arguments.shard is None else Shard.parse(arguments.shard),
     )
     made, is_new = prepare_dataset(request, progress_for_terminal)
-    for name, split in made["splits"].items():
-        print(
-            f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, "
-            f"{split['bytes'] / 1e6:,.1f} MB, "
-            f"{split['bytes'] / split['tokens']:.2f} bytes a token, "
-            f"unigram entropy {split['unigram_entropy_nats']:.3f} nats"
-        )
-    for reason, found in made["skipped"].items():
-        print(f"left out: {found['count']:,} {reason} (named in {request.manifest_path})")
-    if is_new:
+    print_datasets(made, request.manifest_path)
+    if is_new and request.shard:
+        print(f"wrote {request.target}; with all {request.shard.count}: tools/merge_data.py")
+    elif is_new:
         print(f"wrote {', '.join(str(request.prefix(split)) for split in request.splits)}")
     else:
-        print(f"{request.output} is prepared already; nothing to do")
+        print(f"{request.target} is prepared already; nothing to do")
 
 
 if __name__ == "__main__":

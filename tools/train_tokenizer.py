@@ -6,7 +6,11 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_trinity.command_line.documents import add_selection_arguments, add_source_argument
+from megatron_trinity.command_line.documents import (
+    add_selection_arguments,
+    add_source_argument,
+    format_of_arguments,
+)
 from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.data.documents import PYTHON_STDLIB
 from megatron_trinity.errors import run_command
@@ -44,6 +48,7 @@ def main() -> None:
             json_key=arguments.json_key,
             valid_fraction=arguments.valid_fraction,
             overwrite=arguments.overwrite,
+            format=format_of_arguments(arguments),
         )
     )
     print(f"{made['documents']:,} documents, {made['bytes'] / 1e6:,.1f} MB of text")

@@ -1,82 +1,113 @@
-"""Text to token ids in several processes, in the order of the documents.
+"""Chunks of documents to token ids in several processes, in order.
 
 This module stays light to import (no torch, no Megatron): each worker process imports it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from megatron_trinity.data.documents import Document
-from megatron_trinity.data.manifest import sha256_of_file
-from megatron_trinity.errors import TrinityError, UsageError
+from megatron_trinity.data.chunks import Chunk, Place
+from megatron_trinity.data.documents import Skip, SkipReport, Split, assign_split
+from megatron_trinity.data.interrupts import end_with_parent, interrupts_blocked
+from megatron_trinity.data.records import documents_of
+from megatron_trinity.data.token_model import Encoder, Ids, TokenizerInfo, token_dtype
+from megatron_trinity.errors import TrinityError
 
-_BATCH_BYTES = 1 << 18
-_BATCHES_AHEAD = 4  # per worker: enough to keep them busy, little enough to bound the memory
+MAX_DOCUMENT_TOKENS = 2**31 - 1  # Megatron's index has a sequence's length as int32
 
-Encoded = list[NDArray[np.integer]]
+_CHUNKS_AHEAD = 4  # per worker: enough to keep them busy, little enough to bound the memory
+_BYTES_AHEAD = 1 << 27  # of all chunks that wait: some hold one long document
 
 
 @dataclass(frozen=True)
-class TokenizerInfo:
-    """A tokenizer as Megatron's `--tokenizer-type HuggingFaceTokenizer` would load it."""
+class Encoding:
+    """How documents become ids: the same for every chunk."""
 
-    serialized: str
-    vocab_size: int
-    eod_token: str | None
-    eod_id: int | None
-    sha256: str
+    tokenizer: TokenizerInfo
+    json_key: str
+    valid_fraction: float
+    append_eod: bool
 
 
-def load_tokenizer(directory: Path) -> TokenizerInfo:
-    """Load the tokenizer in `directory` through AutoTokenizer, as training and inference do.
+@dataclass(slots=True)
+class Encoded:
+    """Documents of one split, one behind the other."""
 
-    Raises:
-        UsageError: there is no tokenizer.json.
-        TrinityError: it does not load, or its ids do not fit its size.
-    """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise UsageError(
-            f"no tokenizer.json in {directory}: give a tokenizer's directory, or make one with "
-            "tools/train_tokenizer.py"
-        )
-    with interrupts_deferred():
-        from transformers import AutoTokenizer
+    ids: Ids
+    lengths: NDArray[np.int32]
+    text_bytes: int
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        serialized = tokenizer.backend_tokenizer.to_str()
-    except Exception as error:  # whatever a damaged file makes the libraries raise
-        detail = " ".join(str(error).split())[:200]
-        raise TrinityError(f"the tokenizer in {directory} does not load: {detail}") from error
-    vocab_size = len(tokenizer)
-    if max(tokenizer.get_vocab().values()) >= vocab_size:
-        raise TrinityError(
-            f"the tokenizer in {directory} has {vocab_size} tokens but ids beyond that: a model of "
-            "its size could not hold them"
-        )
-    return TokenizerInfo(
-        serialized=serialized,
-        vocab_size=vocab_size,
-        eod_token=tokenizer.eos_token,
-        eod_id=tokenizer.eos_token_id,
-        sha256=sha256_of_file(path),
-    )
+
+@dataclass(slots=True)
+class Result:
+    """What became of a chunk, and where the next one begins."""
+
+    splits: dict[Split, Encoded]
+    report: SkipReport
+    after: Place = field(default_factory=Place)
+    source_bytes: int = 0
+
+
+class ChunkEncoder:
+    """Chunks to ids, with what stays the same from one to the next."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        tokenizer = encoding.tokenizer
+        self._how = encoding
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        eod_id = tokenizer.eod_id if encoding.append_eod else None
+        self._encoder = Encoder(tokenizer.serialized, eod_id, self._dtype)
+
+    def encode(self, chunk: Chunk) -> Result:
+        report = SkipReport()
+        report.extend(chunk.report)
+        ids: dict[Split, list[Ids]] = {}
+        text_bytes: dict[Split, int] = {}
+        for document in documents_of(chunk, self._how.json_key, report):
+            found = self._encoder.encode(document.text)
+            if found is None:
+                report.add(Skip.TOO_LARGE, document.name)
+            elif len(found) == 0:
+                report.add(Skip.NO_TOKENS, document.name)
+            elif len(found) > MAX_DOCUMENT_TOKENS:
+                report.add(Skip.TOO_LONG, document.name)
+            else:
+                split = assign_split(document.split_key, self._how.valid_fraction)
+                ids.setdefault(split, []).append(found)
+                text_bytes[split] = text_bytes.get(split, 0) + document.text_bytes
+        splits = {
+            split: Encoded(
+                np.concatenate(parts),
+                np.array([len(part) for part in parts], dtype=np.int32),
+                text_bytes[split],
+            )
+            for split, parts in ids.items()
+        }
+        return Result(splits, report)
+
+
+_worker_encoder: ChunkEncoder | None = None
+
+
+def _start_worker(encoding: Encoding) -> None:
+    global _worker_encoder
+    end_with_parent()
+    _worker_encoder = ChunkEncoder(encoding)
+
+
+def _encode_in_worker(chunk: Chunk) -> Result:
+    assert _worker_encoder is not None
+    return _worker_encoder.encode(chunk)
 
 
 def available_cpus() -> int:
@@ -86,83 +117,37 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def token_dtype(vocab_size: int) -> np.dtype[np.integer]:
-    """The dtype of the .bin: equal to Megatron's `DType.optimal_dtype`, which a test asserts."""
-    return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
-
-
-class Encoder:
-    """Text to token ids, one document at a time.
-
-    The name of a special token inside a document is text like any other: were it to become the
-    token, a document could end itself.
-    """
-
-    def __init__(self, serialized: str, eod_id: int | None, dtype: np.dtype[np.integer]) -> None:
-        self._tokenizer = Tokenizer.from_str(serialized)
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tail = [] if eod_id is None else [eod_id]
-        self._dtype = dtype
-
-    def encode(self, texts: list[str]) -> Encoded:
-        """Return the ids of each text and of its end; nothing at all for a text without tokens."""
-        return [self._encode_one(text) for text in texts]
-
-    def _encode_one(self, text: str) -> NDArray[np.integer]:
-        ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return np.array(ids + self._tail if ids else [], dtype=self._dtype)
-
-
-_worker_encoder: Encoder | None = None
-
-
-def _start_worker(serialized: str, eod_id: int | None, dtype: np.dtype[np.integer]) -> None:
-    global _worker_encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes already fill the cores
-    _worker_encoder = Encoder(serialized, eod_id, dtype)
-
-
-def _encode_in_worker(texts: list[str]) -> Encoded:
-    assert _worker_encoder is not None
-    return _worker_encoder.encode(texts)
-
-
-def encode_in_order(
-    found: Iterable[Document],
-    tokenizer: TokenizerInfo,
-    append_eod: bool,
-    workers: int,
-) -> Generator[tuple[Document, NDArray[np.integer]]]:
-    """Yield each document with its ids, in order, whatever the number of workers.
+def encode_in_order(chunks: Iterable[Chunk], encoding: Encoding, workers: int) -> Generator[Result]:
+    """Yield what becomes of each chunk, in order, whatever the number of workers.
 
     Raises:
         TrinityError: a worker process was killed.
     """
-    setup = (
-        tokenizer.serialized,
-        tokenizer.eod_id if append_eod else None,
-        token_dtype(tokenizer.vocab_size),
-    )
     if workers == 1:
-        encoder = Encoder(*setup)
-        for document in found:
-            yield document, encoder.encode([document.text])[0]
+        encoder = ChunkEncoder(encoding)
+        for chunk in chunks:
+            yield _placed(encoder.encode(chunk), chunk.after, chunk.source_bytes)
         return
 
     # A fresh interpreter for each: forking a process whose libraries have threads can hang.
-    executor = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, setup)
-    waiting: deque[tuple[list[Document], Future[Encoded]]] = deque()
+    executor = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoding,))
+    waiting: deque[tuple[Place, int, int, Future[Result]]] = deque()
+    ahead = 0
     try:
-        for batch in _batches(found):
-            texts = [document.text for document in batch]
-            with _interrupts_blocked():
-                waiting.append((batch, executor.submit(_encode_in_worker, texts)))
-            if len(waiting) > workers * _BATCHES_AHEAD:
-                yield from _finished(waiting.popleft())
+        for chunk in chunks:
+            while waiting and (
+                len(waiting) >= workers * _CHUNKS_AHEAD or ahead + chunk.size > _BYTES_AHEAD
+            ):
+                after, source_bytes, size, future = waiting.popleft()
+                ahead -= size
+                yield _placed(future.result(), after, source_bytes)
+            with interrupts_blocked():
+                future = executor.submit(_encode_in_worker, chunk)
+            ahead += chunk.size
+            waiting.append((chunk.after, chunk.source_bytes, chunk.size, future))
         while waiting:
-            yield from _finished(waiting.popleft())
+            after, source_bytes, _, future = waiting.popleft()
+            yield _placed(future.result(), after, source_bytes)
     except BrokenProcessPool as error:
         raise TrinityError(
             "a tokenising process was killed, most likely for want of memory: use fewer --workers"
@@ -171,47 +156,6 @@ def encode_in_order(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _finished(
-    item: tuple[list[Document], Future[Encoded]],
-) -> Iterator[tuple[Document, NDArray[np.integer]]]:
-    batch, future = item
-    return zip(batch, future.result(), strict=True)
-
-
-def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in found:
-        batch.append(document)
-        size += document.text_bytes
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-@contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Hold Ctrl-C back while processes may be started: they inherit this, and leave it to us."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-@contextlib.contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Act on Ctrl-C only afterwards: some modules swallow any exception while they are imported."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if received:
-        signal.raise_signal(signal.SIGINT)
+def _placed(result: Result, after: Place, source_bytes: int) -> Result:
+    result.after, result.source_bytes = after, source_bytes
+    return result

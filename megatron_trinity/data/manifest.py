@@ -81,17 +81,18 @@ def publish(
     text = json.dumps(manifest, indent=2, allow_nan=False)
     staged_manifest.write_text(text + "\n", encoding="utf-8")
     for source in [*staged, staged_manifest]:
-        _flush_to_disk(source)
+        flush_to_disk(source)
     manifest_path.unlink(missing_ok=True)
     for path in stale:
         path.unlink(missing_ok=True)
     for source, target in staged.items():
         os.replace(source, target)
     os.replace(staged_manifest, manifest_path)
-    _flush_to_disk(manifest_path.parent)
+    flush_to_disk(manifest_path.parent)
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Put on the disk what a file, or a directory, has."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

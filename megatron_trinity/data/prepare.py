@@ -1,40 +1,45 @@
 """Documents to Megatron indexed datasets: `<output>_train.{bin,idx}`, `<output>_valid.{bin,idx}`.
 
-A manifest, `<output>.json`, says what is in them and what they were made from.
+A manifest, `<output>.json`, says what is in them and what they were made from. A run that was
+killed is gone on with by the same request; a shard of a request is a directory for `merge`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from megatron_trinity.data import documents, manifest
+from megatron_trinity.data import manifest, work
+from megatron_trinity.data.chunks import Place, chunks_of
 from megatron_trinity.data.documents import (
     DEFAULT_VALID_FRACTION,
-    Document,
-    Skip,
+    STANDARD_INPUT,
     SkipReport,
     Split,
 )
-from megatron_trinity.data.encode import (
-    TokenizerInfo,
-    encode_in_order,
-    interrupts_deferred,
-    load_tokenizer,
-    token_dtype,
+from megatron_trinity.data.encode import Encoding, encode_in_order
+from megatron_trinity.data.formats import Kind
+from megatron_trinity.data.indexed import check_indexed_dataset
+from megatron_trinity.data.listing import (
+    SourceFile,
+    Survey,
+    expand_lists,
+    refuse_output_inside_sources,
+    source_files,
+    survey,
 )
-from megatron_trinity.data.indexed import check_indexed_dataset, unigram_entropy
+from megatron_trinity.data.manifest import sha256_of_file
+from megatron_trinity.data.shards import Shard, publish_shard, read_shard
+from megatron_trinity.data.token_files import SplitWriter, describe_split, write_index
+from megatron_trinity.data.token_model import TokenizerInfo, load_tokenizer
 from megatron_trinity.errors import TrinityError, UsageError
 from megatron_trinity.progress import Progress, SilentProgress
 
-MAX_DOCUMENT_TOKENS = 2**31 - 1  # Megatron's index has a sequence's length as int32
+SECONDS_BETWEEN_JOURNALS = 15.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class PrepareRequest:
     append_eod: bool = True
     workers: int = 1
     overwrite: bool = False
+    format: Kind | None = None  # of all files; None: what their names say
+    shard: Shard | None = None
 
     @property
     def manifest_path(self) -> Path:
@@ -62,56 +69,14 @@ class PrepareRequest:
     def prefix(self, split: Split) -> Path:
         return Path(f"{self.output}_{split}")
 
+    @property
+    def target(self) -> Path:
+        """What is made: a shard's directory, or the output, by which its work is named."""
+        return self.shard.directory(self.output) if self.shard else self.output
 
-@dataclass
-class SplitWriter:
-    """One split's dataset being written, and what is known of it so far."""
-
-    prefix: Path
-    vocab_size: int
-    builder: Any = field(init=False)
-    counts: NDArray[np.int64] = field(init=False)
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        builder_class = _import_megatron_builder()
-        self.builder = builder_class(f"{self.prefix}.bin", dtype=token_dtype(self.vocab_size).type)
-        self.counts = np.zeros(self.vocab_size, dtype=np.int64)
-
-    def add(self, document: Document, ids: NDArray[np.integer]) -> None:
-        self.builder.add_document(ids, [len(ids)])
-        np.add.at(self.counts, ids, 1)
-        self.documents += 1
-        self.tokens += len(ids)
-        self.text_bytes += document.text_bytes
-
-    def close(self) -> None:
-        self.builder.data_file.close()
-
-    def finish(self) -> dict[str, Any]:
-        """Write the index, check both files as training will, and describe them."""
-        self.builder.finalize(f"{self.prefix}.idx")
-        info = check_indexed_dataset(self.prefix)
-        if (info.documents, info.tokens) != (self.documents, self.tokens):
-            raise TrinityError(f"{self.prefix} was not written whole: is the disk full?")
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.text_bytes,
-            "dtype": info.dtype.name,
-            "max_token_id": int(np.flatnonzero(self.counts)[-1]),
-            "unigram_entropy_nats": unigram_entropy(self.counts),
-        }
-
-
-def _import_megatron_builder() -> Any:
-    with interrupts_deferred(), warnings.catch_warnings():
-        # On import Megatron warns of GPU packages that are not there; none matters here.
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-    return IndexedDatasetBuilder
+    @property
+    def resumable(self) -> bool:
+        return STANDARD_INPUT not in self.sources
 
 
 def prepare_dataset(
@@ -130,46 +95,44 @@ def prepare_dataset(
         TrinityError: a split has no documents, or an output exists that is not this request's.
     """
     _validate(request)
-    report = SkipReport()
-    files = documents.list_source_files(request.sources, request.glob, report)
+    listed = SkipReport()
+    surveyed = survey(_files(request, listed))
+    if request.shard and surveyed.files < request.shard.count:
+        raise UsageError(
+            f"--shard {request.shard}: a file is not divided, and there are {surveyed.files}: "
+            "choose as many shards at most, or split the files"
+        )
     tokenizer = load_tokenizer(request.tokenizer)
     if request.append_eod and tokenizer.eod_id is None:
         raise UsageError(
             f"the tokenizer in {request.tokenizer} names no eos_token to end documents with: add "
             "one to its tokenizer_config.json, or pass --no-append-eod"
         )
-    asked = _request_as_dict(request, tokenizer, documents.fingerprint(files))
-
+    asked = _request_as_dict(request, tokenizer, surveyed.fingerprint)
     outputs = [
         Path(f"{request.prefix(split)}{suffix}")
         for split in ("train", "valid")
         for suffix in (".bin", ".idx")
     ]
     if not request.overwrite:
-        present = manifest.read_manifest(request.manifest_path)
-        if present is not None and present.get("request") == asked:
-            _check_against(present, request)
+        present = _present(request, asked)
+        if present is not None:
+            work.remove_work(request.target)
             return present, False
-        manifest.refuse_existing(
-            [*outputs, request.manifest_path], "was not made by this same request"
-        )
-
-    _import_megatron_builder()  # takes seconds: before the progress display starts its clock
-    known_size = not any(documents.is_compressed(file) for file in files)
-    progress = show(sum(file.size for file in files) if known_size else None)
-    parent = request.output.parent
+        taken = [request.target] if request.shard else [*outputs, request.manifest_path]
+        manifest.refuse_existing(taken, "was not made by this same request")
     try:
-        with manifest.staging_directory(parent, request.output.name) as staging, progress:
-            splits = _write_splits(request, tokenizer, files, report, staging, progress)
-            made = {
-                "format": 1,
-                "request": asked,
-                "tokenizer": {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id},
-                "splits": splits,
-                "skipped": report.as_dict(),
-            }
+        with work.work_directory(request.target, asked, request.resumable) as staging:
+            made = _make(request, asked, tokenizer, surveyed, listed, staging, show)
+            if request.shard:
+                publish_shard(staging, request.target, made)
+                return made, True
+            for split in request.splits:
+                check_indexed_dataset(staging / split)
             staged = {
-                staging / path.name: path for path in outputs if (staging / path.name).exists()
+                staging / f"{split}{suffix}": Path(f"{request.prefix(split)}{suffix}")
+                for split in request.splits
+                for suffix in (".bin", ".idx")
             }
             stale = set(outputs) - set(staged.values())
             manifest.publish(staged, made, request.manifest_path, staging, stale)
@@ -178,18 +141,40 @@ def prepare_dataset(
     return made, True
 
 
-def _refuse_empty(
-    request: PrepareRequest, writers: dict[Split, SplitWriter], report: SkipReport
+def _files(request: PrepareRequest, report: SkipReport) -> Iterator[SourceFile]:
+    return source_files(expand_lists(request.sources), request.glob, report, request.format)
+
+
+def _files_of_shard(
+    request: PrepareRequest, surveyed: Survey, report: SkipReport
+) -> Iterator[SourceFile]:
+    """The shard's files: neighbours, so that shards one behind the other are the whole."""
+    files = _files(request, report)
+    if request.shard is None:
+        return files
+    return request.shard.of(files, surveyed)
+
+
+def refuse_empty(
+    splits: dict[str, dict[str, Any]],
+    sources: tuple[str, ...],
+    valid_fraction: float,
+    report: SkipReport,
 ) -> None:
-    total = sum(writer.documents for writer in writers.values())
+    """Refuse a result without documents, or without those of one split.
+
+    Raises:
+        TrinityError: one line, with what was left out.
+    """
+    total = sum(split["documents"] for split in splits.values())
     if total == 0:
         left_out = "".join(f"; {line}" for line in report.summary(shown=1))
-        raise TrinityError(f"no documents in {', '.join(request.sources)}{left_out}")
-    for split, writer in writers.items():
-        if writer.documents == 0:
+        raise TrinityError(f"no documents in {', '.join(sources)}{left_out}")
+    for name, split in splits.items():
+        if split["documents"] == 0:
             raise TrinityError(
-                f"of {total} documents none fell to {split} with --valid-fraction "
-                f"{request.valid_fraction}: choose another fraction (0: no validation), or give "
+                f"of {total} documents none fell to {name} with --valid-fraction "
+                f"{valid_fraction}: choose another fraction (0: no validation), or give "
                 "more documents"
             )
 
@@ -199,7 +184,9 @@ def _validate(request: PrepareRequest) -> None:
         raise UsageError(f"--valid-fraction {request.valid_fraction} is not in [0, 1)")
     if request.workers < 1:
         raise UsageError(f"--workers {request.workers}: at least one is needed")
-    documents.refuse_output_inside_sources(request.output, request.sources)
+    if request.shard and not request.resumable:
+        raise UsageError("--shard: standard input cannot be divided; give files")
+    refuse_output_inside_sources(request.output, expand_lists(request.sources))
 
 
 def _request_as_dict(
@@ -215,10 +202,20 @@ def _request_as_dict(
         "eod_token": tokenizer.eod_token,
         "tokenizer_sha256": tokenizer.sha256,
         "fingerprint": fingerprint,
+        **({"format": request.format.value} if request.format else {}),
     }
 
 
-def _check_against(present: dict[str, Any], request: PrepareRequest) -> None:
+def _present(request: PrepareRequest, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of this very request, where its result is whole."""
+    if not request.resumable:
+        return None
+    if request.shard:
+        there = read_shard(request.target) if request.target.is_dir() else None
+        return there if there is not None and there["request"] == asked else None
+    present = manifest.read_manifest(request.manifest_path)
+    if present is None or present.get("request") != asked:
+        return None
     for split in request.splits:
         info = check_indexed_dataset(request.prefix(split))
         said = present.get("splits", {}).get(split, {})
@@ -227,39 +224,100 @@ def _check_against(present: dict[str, Any], request: PrepareRequest) -> None:
                 f"{request.prefix(split)} holds {info.documents} documents and {info.tokens} "
                 f"tokens, not what {request.manifest_path} says: pass --overwrite"
             )
+    return present
 
 
-def _write_splits(
+def _make(
+    request: PrepareRequest,
+    asked: dict[str, Any],
+    tokenizer: TokenizerInfo,
+    surveyed: Survey,
+    listed: SkipReport,
+    staging: Path,
+    show: Callable[[int | None], Progress],
+) -> dict[str, Any]:
+    """Write `<split>.bin`, lengths and index into `staging`; return the manifest."""
+    report = _write(request, tokenizer, surveyed, staging, show)
+    splits: dict[str, dict[str, Any]] = {}
+    journal = work.read_journal(staging)
+    assert journal is not None
+    for split in request.splits:
+        lengths = staging / f"{split}.lengths"
+        digest = sha256_of_file(staging / f"{split}.bin")
+        splits[split] = describe_split(journal.written[split], journal.counts[split], digest)
+        if not request.shard:
+            continue
+        splits[split]["lengths_sha256"] = sha256_of_file(lengths)
+    whole = SkipReport()
+    if request.shard is None or request.shard.number == 1:
+        whole.extend(listed)  # of all sources: one shard says it
+    whole.extend(report)
+    if not request.shard:
+        _refuse_empty(request, splits, whole, staging)
+        for split in request.splits:
+            dtype = tokenizer.dtype
+            write_index(staging / f"{split}.lengths", staging / f"{split}.idx", dtype)
+    return {
+        "format": 1,
+        "request": asked,
+        "tokenizer": {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id},
+        "splits": splits,
+        "skipped": whole.as_dict(),
+    }
+
+
+def _refuse_empty(
+    request: PrepareRequest, splits: dict[str, dict[str, Any]], report: SkipReport, staging: Path
+) -> None:
+    try:
+        refuse_empty(splits, request.sources, request.valid_fraction, report)
+    except TrinityError:
+        work.forget_journal(staging)  # going on would only say so again
+        raise
+
+
+def _write(
     request: PrepareRequest,
     tokenizer: TokenizerInfo,
-    files: list[documents.SourceFile],
-    report: SkipReport,
+    surveyed: Survey,
     staging: Path,
-    progress: Progress,
-) -> dict[str, dict[str, Any]]:
-    writers = {
-        split: SplitWriter(staging / request.prefix(split).name, tokenizer.vocab_size)
-        for split in request.splits
-    }
-    found = documents.iterate_documents(files, request.json_key, report)
-    encoded = encode_in_order(found, tokenizer, request.append_eod, request.workers)
-    source_bytes = 0
+    show: Callable[[int | None], Progress],
+) -> SkipReport:
+    """Write ids and lengths, from the last journal on, and the journal of the end."""
+    journal = work.read_journal(staging)
+    report = journal.report if journal else SkipReport()
+    done = journal.source_bytes if journal else 0
+    place = journal.place if journal else Place()
+    # Walked over once more: what the listing leaves out is known, whatever the place.
+    files = _files_of_shard(request, surveyed, SkipReport())
+    encoding = Encoding(tokenizer, request.json_key, request.valid_fraction, request.append_eod)
+    encoded = encode_in_order(chunks_of(files, request.json_key, place), encoding, request.workers)
+    total = surveyed.bytes if surveyed.bytes_known and not request.shard else None
     # Closed here and not by the collector: closing stops the workers.
     with contextlib.ExitStack() as stack:
-        for writer in writers.values():
-            stack.callback(writer.close)
+        progress = stack.enter_context(show(total))
+        writers: dict[Split, SplitWriter] = {}
+        for split in request.splits:
+            writers[split] = SplitWriter(
+                staging / split,
+                tokenizer.vocab_size,
+                journal.written[split] if journal else None,
+                journal.counts[split] if journal else None,
+            )
+            stack.callback(writers[split].close)
         stack.callback(encoded.close)
-        for document, ids in encoded:
-            source_bytes += document.source_bytes
-            if len(ids) == 0:
-                report.add(Skip.NO_TOKENS, document.name)
-            elif len(ids) > MAX_DOCUMENT_TOKENS:
-                report.add(Skip.TOO_LONG, document.name)
-            else:
-                split = documents.assign_split(document.split_key, request.valid_fraction)
-                writers[split].add(document, ids)
-            documents_done = sum(writer.documents for writer in writers.values())
-            tokens = sum(writer.tokens for writer in writers.values())
-            progress.update(source_bytes, f"{documents_done:,} documents, {tokens:,} tokens")
-    _refuse_empty(request, writers, report)
-    return {split: writer.finish() for split, writer in writers.items()}
+        journaled = time.monotonic()
+        for result in encoded:
+            for split, found in result.splits.items():
+                writers[split].add(found)
+            report.extend(result.report)
+            done += result.source_bytes
+            place = result.after
+            count = sum(writer.written.documents for writer in writers.values())
+            tokens = sum(writer.written.tokens for writer in writers.values())
+            progress.update(done, f"{count:,} documents, {tokens:,} tokens")
+            if request.resumable and time.monotonic() - journaled > SECONDS_BETWEEN_JOURNALS:
+                work.write_journal(staging, place, done, writers, report)
+                journaled = time.monotonic()
+        work.write_journal(staging, place, done, writers, report)
+    return report

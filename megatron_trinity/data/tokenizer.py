@@ -16,6 +16,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from megatron_trinity.data import documents, manifest
 from megatron_trinity.data.documents import DEFAULT_VALID_FRACTION, Document, SkipReport
+from megatron_trinity.data.formats import Kind
+from megatron_trinity.data.listing import (
+    expand_lists,
+    refuse_output_inside_sources,
+    source_files,
+    survey,
+)
+from megatron_trinity.data.records import iterate_documents
 from megatron_trinity.errors import TrinityError, UsageError
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
@@ -140,6 +148,7 @@ class TokenizerRequest:
     json_key: str = "text"
     valid_fraction: float = DEFAULT_VALID_FRACTION
     overwrite: bool = False
+    format: Kind | None = None
 
 
 def make_tokenizer(request: TokenizerRequest) -> tuple[dict[str, Any], bool]:
@@ -153,16 +162,18 @@ def make_tokenizer(request: TokenizerRequest) -> tuple[dict[str, Any], bool]:
     """
     if not 0.0 <= request.valid_fraction < 1.0:
         raise UsageError(f"--valid-fraction {request.valid_fraction} is not in [0, 1)")
-    documents.refuse_output_inside_sources(request.output, request.sources)
+    sources = expand_lists(request.sources)
+    refuse_output_inside_sources(request.output, sources)
     report = SkipReport()
-    files = documents.list_source_files(request.sources, request.glob, report)
+    surveyed = survey(source_files(sources, request.glob, report, request.format))
     asked = {
         "sources": list(request.sources),
         "glob": request.glob,
         "json_key": request.json_key,
         "valid_fraction": request.valid_fraction,
         "vocab_size": request.vocab_size,
-        "fingerprint": documents.fingerprint(files),
+        "fingerprint": surveyed.fingerprint,
+        **({"format": request.format.value} if request.format else {}),
     }
     targets = [request.output / name for name in TOKENIZER_FILES]
     manifest_path = request.output / MANIFEST_FILE
@@ -173,8 +184,9 @@ def make_tokenizer(request: TokenizerRequest) -> tuple[dict[str, Any], bool]:
         manifest.refuse_existing([*targets, manifest_path], "was not made by this same request")
 
     seen = _Seen()
+    files = source_files(sources, request.glob, SkipReport(), request.format)
     texts = seen.training_texts(
-        documents.iterate_documents(files, request.json_key, report), request.valid_fraction
+        iterate_documents(files, request.json_key, report), request.valid_fraction
     )
     tokenizer = train_tokenizer(texts, request.vocab_size)
     if seen.documents == 0:

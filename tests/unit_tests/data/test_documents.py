@@ -11,18 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_trinity.data import opened
 from megatron_trinity.data.documents import (
     PYTHON_STDLIB,
     Document,
     Skip,
     SkipReport,
-    SourceFile,
     assign_split,
-    fingerprint,
-    iterate_documents,
-    list_source_files,
-    refuse_output_inside_sources,
 )
+from megatron_trinity.data.listing import (
+    SourceFile,
+    refuse_output_inside_sources,
+    source_files,
+    survey,
+)
+from megatron_trinity.data.records import iterate_documents
 from megatron_trinity.errors import UsageError
 from tests.paths import ROOT
 
@@ -31,12 +34,12 @@ def read(
     *sources: Path | str, glob: str = "**/*", key: str = "text"
 ) -> tuple[list[Document], SkipReport]:
     report = SkipReport()
-    files = list_source_files([str(source) for source in sources], glob, report)
+    files = source_files([str(source) for source in sources], glob, report)
     return list(iterate_documents(files, key, report)), report
 
 
 def list_files(root: Path) -> list[SourceFile]:
-    return list_source_files([str(root)], "**/*", SkipReport())
+    return list(source_files([str(root)], "**/*", SkipReport()))
 
 
 def make_files(root: Path, **files: str | bytes) -> None:
@@ -110,11 +113,11 @@ def test_unusable_files_are_counted_and_named(tmp_path: Path) -> None:
 
 def test_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # By hand: the super-user, who often runs tests, may read any file.
-    def refuse(path: Path) -> bytes:
+    def refuse(*_: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
     make_files(tmp_path, a_txt="a")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(opened, "open_raw", refuse)
     documents, report = read(tmp_path)
     assert documents == []
     assert report.names == {Skip.UNREADABLE: [f"{tmp_path}/a.txt (Permission denied)"]}
@@ -240,7 +243,7 @@ def test_missing_source_is_refused(tmp_path: Path) -> None:
 
 def test_python_stdlib() -> None:
     report = SkipReport()
-    files = list_source_files([PYTHON_STDLIB], "ignored", report)
+    files = source_files([PYTHON_STDLIB], "ignored", report)
     names = [file.name for file in files]
     assert {"argparse.py", "json/decoder.py"} <= set(names)
     assert all(name.endswith(".py") for name in names)
@@ -299,12 +302,12 @@ def test_split_does_not_depend_on_the_process() -> None:
 def test_fingerprint_notices_each_change(tmp_path: Path) -> None:
     make_files(tmp_path, a_txt="a", b_txt="b")
     os.utime(tmp_path / "a.txt", ns=(1, 1))
-    before = fingerprint(list_files(tmp_path))
-    assert fingerprint(list_files(tmp_path)) == before
+    before = survey(list_files(tmp_path)).fingerprint
+    assert survey(list_files(tmp_path)).fingerprint == before
     os.utime(tmp_path / "a.txt", ns=(1, 2))
-    touched = fingerprint(list_files(tmp_path))
+    touched = survey(list_files(tmp_path)).fingerprint
     make_files(tmp_path, c_txt="c")
-    assert len({before, touched, fingerprint(list_files(tmp_path))}) == 3
+    assert len({before, touched, survey(list_files(tmp_path)).fingerprint}) == 3
 
 
 def test_output_inside_a_source_is_refused(tmp_path: Path) -> None:

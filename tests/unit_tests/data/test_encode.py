@@ -13,16 +13,12 @@ import pytest
 from megatron.core.datasets.indexed_dataset import DType
 from transformers import AutoTokenizer
 
-from megatron_trinity.data.documents import Document
-from megatron_trinity.data.encode import (
-    Encoder,
-    TokenizerInfo,
-    available_cpus,
-    encode_in_order,
-    interrupts_deferred,
-    load_tokenizer,
-    token_dtype,
-)
+from megatron_trinity.data import encode, token_model
+from megatron_trinity.data.chunks import Chunk, Place
+from megatron_trinity.data.documents import Skip
+from megatron_trinity.data.encode import Encoding, Result, available_cpus, encode_in_order
+from megatron_trinity.data.interrupts import interrupts_deferred
+from megatron_trinity.data.token_model import Encoder, TokenizerInfo, load_tokenizer, token_dtype
 from megatron_trinity.errors import TrinityError, UsageError
 
 
@@ -31,8 +27,18 @@ def info(tokenizer_dir: Path) -> TokenizerInfo:
     return load_tokenizer(tokenizer_dir)
 
 
-def document(text: str) -> Document:
-    return Document(text[:10], text, text, len(text.encode()), len(text.encode()))
+def chunk(*texts: str) -> Chunk:
+    return Chunk(Place(1), "texts", rows=list(texts))
+
+
+def encoding(info: TokenizerInfo, append_eod: bool = True) -> Encoding:
+    return Encoding(info, "text", 0.0, append_eod)
+
+
+def ids_of(info: TokenizerInfo, eod: int | None, dtype: type[np.integer], text: str) -> np.ndarray:
+    ids = Encoder(info.serialized, eod, np.dtype(dtype)).encode(text)
+    assert ids is not None
+    return ids
 
 
 def test_what_is_loaded(info: TokenizerInfo) -> None:
@@ -50,21 +56,21 @@ def test_ids_are_those_of_the_hugging_face_tokenizer(
 ) -> None:
     text = "the router, 1234567 ¿漢字?\n"
     expected = AutoTokenizer.from_pretrained(str(tokenizer_dir))(text).input_ids
-    (ids,) = Encoder(info.serialized, None, np.dtype(np.uint16)).encode([text])
+    ids = ids_of(info, None, np.uint16, text)
     assert ids.tolist() == expected
-    (ids,) = Encoder(info.serialized, 1, np.dtype(np.int32)).encode([text])
+    ids = ids_of(info, 1, np.int32, text)
     assert ids.tolist() == [*expected, 1]
     assert ids.dtype == np.int32
 
 
 def test_names_of_special_tokens_in_a_document_are_text(info: TokenizerInfo) -> None:
-    (ids,) = Encoder(info.serialized, 1, np.dtype(np.uint16)).encode(["a<|end_of_text|>b<|pad|>"])
+    ids = ids_of(info, 1, np.uint16, "a<|end_of_text|>b<|pad|>")
     assert [i for i in ids.tolist() if i < 5] == [1]
     assert ids[-1] == 1
 
 
 def test_text_without_tokens_has_no_end_either(info: TokenizerInfo) -> None:
-    (ids,) = Encoder(info.serialized, 1, np.dtype(np.uint16)).encode([""])
+    ids = ids_of(info, 1, np.uint16, "")
     assert ids.size == 0
 
 
@@ -81,7 +87,7 @@ def test_truncation_and_padding_of_a_tokenizer_are_not_applied(
         "pad_id": 4, "pad_type_id": 0, "pad_token": "<|pad|>",
     }  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    (ids,) = Encoder(load_tokenizer(tmp_path).serialized, None, np.dtype(np.uint16)).encode(["xyz"])
+    ids = ids_of(load_tokenizer(tmp_path), None, np.uint16, "xyz")
     assert ids.size == 3
 
 
@@ -108,53 +114,104 @@ def test_ids_beyond_the_vocabulary_are_refused(tokenizer_dir: Path, tmp_path: Pa
         load_tokenizer(tmp_path)
 
 
-def test_order_is_kept_when_batches_finish_in_another(info: TokenizerInfo) -> None:
-    """Batches of very different sizes on three workers, with more of them than are kept waiting."""
-    found = [document(f"{i} " + "router " * (60_000 if i % 5 == 0 else 1)) for i in range(30)]
-    alone = list(encode_in_order(found, info, True, 1))
-    together = list(encode_in_order(found, info, True, 3))
-    assert [d for d, _ in alone] == [d for d, _ in together] == found
-    for (_, a), (_, b) in zip(alone, together, strict=True):
-        assert a.dtype == b.dtype == np.uint16
-        np.testing.assert_array_equal(a, b)
+def test_order_is_kept_when_chunks_finish_in_another(info: TokenizerInfo) -> None:
+    """Chunks of very different sizes on three workers, with more of them than are kept waiting."""
+    chunks = [chunk(f"{i} " + "router " * (60_000 if i % 5 == 0 else 1), "b") for i in range(30)]
+    alone = list(encode_in_order(chunks, encoding(info), 1))
+    together = list(encode_in_order(chunks, encoding(info), 3))
+    assert len(alone) == len(together) == 30
+    for a, b in zip(alone, together, strict=True):
+        one, other = a.splits["train"], b.splits["train"]
+        assert one.ids.dtype == other.ids.dtype == np.uint16
+        np.testing.assert_array_equal(one.ids, other.ids)
+        assert one.lengths.tolist() == other.lengths.tolist()
+        assert one.text_bytes == other.text_bytes > 1
+    first = together[3].splits["train"]
+    assert first.ids.tolist() == [*ids_of(info, 1, np.uint16, "3 router "), first.ids[-2], 1]
 
 
 def test_reading_stays_a_bounded_distance_ahead(info: TokenizerInfo) -> None:
     read = 0
 
-    def found() -> list[Document]:
-        return [document("x" * (1 << 18))]  # a batch each
+    def endless():  # type: ignore[no-untyped-def]
+        nonlocal read
+        while True:
+            read += 1
+            yield chunk("x" * 1000)
+
+    encoded = encode_in_order(endless(), encoding(info, False), 2)
+    next(encoded)
+    encoded.close()
+    assert read <= 2 * 4 + 1
+
+
+def test_bytes_ahead_are_bounded_too(info: TokenizerInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long document at a time, however many workers there are."""
+    monkeypatch.setattr(encode, "_BYTES_AHEAD", 1000)
+    read = 0
 
     def endless():  # type: ignore[no-untyped-def]
         nonlocal read
         while True:
             read += 1
-            yield from found()
+            yield chunk("x" * 2000)
 
-    encoded = encode_in_order(endless(), info, False, 2)
+    encoded = encode_in_order(endless(), encoding(info, False), 2)
     next(encoded)
     encoded.close()
-    assert read <= 2 * 4 + 2
+    assert read == 2
 
 
 def test_killed_worker_is_told(info: TokenizerInfo) -> None:
     import multiprocessing
 
     def found():  # type: ignore[no-untyped-def]
-        yield document("a" * (1 << 18))
+        yield chunk("a" * (1 << 18))
         for child in multiprocessing.active_children():
             if child.pid is not None:
                 os.kill(child.pid, signal.SIGKILL)
-        yield document("b" * (1 << 18))
+        yield chunk("b" * (1 << 18))
 
     with pytest.raises(TrinityError, match=r"was killed.*fewer --workers"):
-        list(encode_in_order(found(), info, True, 2))
+        list(encode_in_order(found(), encoding(info), 2))
 
 
 def test_no_eos_is_known(info: TokenizerInfo) -> None:
     alone = replace(info, eod_id=None)
-    ((_, ids),) = encode_in_order([document("ab")], alone, False, 1)
-    assert ids.size == 2
+    (result,) = encode_in_order([chunk("ab")], encoding(alone, False), 1)
+    assert isinstance(result, Result)
+    assert result.splits["train"].ids.size == 2
+
+
+def test_long_text_has_the_tokens_of_the_whole(
+    info: TokenizerInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut into some thirty pieces; the reference is the same text encoded at once."""
+    lines = [f"line {i}, 1234567\n" + "\n  \t" * (i % 3) + "漢字 " * (i % 2) for i in range(300)]
+    text = "".join(lines)
+    whole = ids_of(info, 1, np.uint16, text)
+    monkeypatch.setattr(token_model, "PIECE", len(text) // 30)
+    monkeypatch.setattr(token_model, "_LONGEST_PIECE", len(text) // 15)
+    pieces: list[str] = []
+    original = Encoder._ids
+
+    def counted(self: Encoder, part: str) -> list[int]:
+        pieces.append(part)
+        return original(self, part)
+
+    monkeypatch.setattr(Encoder, "_ids", counted)
+    np.testing.assert_array_equal(ids_of(info, 1, np.uint16, text), whole)
+    assert len(pieces) > 4 * 15
+
+
+def test_long_text_without_a_place_to_cut_is_left_out(
+    info: TokenizerInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_model, "PIECE", 100)
+    monkeypatch.setattr(token_model, "_LONGEST_PIECE", 200)
+    (result,) = encode_in_order([chunk("x" * 1000, "b")], encoding(info), 1)
+    assert result.report.names == {Skip.TOO_LARGE: ["texts:1"]}
+    assert result.splits["train"].lengths.tolist() == [2]
 
 
 def test_cpus() -> None:
