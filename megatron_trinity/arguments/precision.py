@@ -310,9 +310,8 @@ PRECISION_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "delayed-pipeline",
         lambda a: a.precision == "fp8-delayed" and a.pipeline_model_parallel_size > 1,
-        "{--pipeline-model-parallel-size=}: with {--precision=} a stage can wait for ever at the "
-        "end of a pass, where the largest values are exchanged; leave it out, or use "
-        + RECOMMENDED,
+        "{--pipeline-model-parallel-size=}: how stages share the scales of {--precision=} is not "
+        "proved; leave it out, or use " + RECOMMENDED,
     ),
     Refusal(
         "delayed-recompute",

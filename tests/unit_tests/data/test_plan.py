@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,24 @@ def test_empty_documents_alone_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="none has no tokens: its documents are all empty"):
         Plan(found, 8, 1)
     assert found.sources == (Source("none", tuple(found.parts())),)
+
+
+@pytest.mark.slow
+def test_ten_thousand_sources_have_their_shares(folder: Path) -> None:
+    """Each a dataset of its own, by links to the files of one."""
+    count = 10_000
+    many = folder / "many"
+    many.mkdir()
+    for number in range(count):
+        for end in ("idx", "bin"):
+            (many / f"{number}.{end}").symlink_to(folder / f"data_code.{end}")
+    weights = {str(number): 1 + number % 7 for number in range(count)}
+    text = {
+        "sources": {name: {"path": str(many / name)} for name in weights},
+        "phases": [{"blend": weights}],
+    }
+    plan = Plan(described(folder, json.dumps(text)), 8, 1)
+    samples, total = 100_000_000, sum(weights.values())
+    for given, weight in zip(plan.given(samples), weights.values(), strict=True):
+        assert abs(given.tokens / 8 - samples * weight / total) <= 2 + math.log2(samples)
+    assert plan.pieces(samples)[1]
