@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_trinity.data.chunks import Chunk, Place
-from megatron_trinity.data.documents import Skip, SkipReport, Split, assign_split
+from megatron_trinity.data.documents import Document, Skip, SkipReport, Split, assign_split
 from megatron_trinity.data.interrupts import end_with_parent, interrupts_blocked
 from megatron_trinity.data.records import documents_of
 from megatron_trinity.data.token_model import Encoder, Ids, TokenizerInfo, token_dtype
@@ -25,6 +25,7 @@ from megatron_trinity.errors import TrinityError
 
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # Megatron's index has a sequence's length as int32
 
+_CHARACTERS_OF_A_CALL = 1 << 19  # what is kept of each character until then is up to 350 bytes
 _CHUNKS_AHEAD = 4  # per worker: enough to keep them busy, little enough to bound the memory
 _BYTES_AHEAD = 1 << 27  # of all chunks that wait: some hold one long document
 
@@ -73,8 +74,7 @@ class ChunkEncoder:
         report.extend(chunk.report)
         ids: dict[Split, list[Ids]] = {}
         text_bytes: dict[Split, int] = {}
-        for document in documents_of(chunk, self._how.json_key, report):
-            found = self._encoder.encode(document.text)
+        for document, found in self._encoded(documents_of(chunk, self._how.json_key, report)):
             if found is None:
                 report.add(Skip.TOO_LARGE, document.name)
             elif len(found) == 0:
@@ -94,6 +94,21 @@ class ChunkEncoder:
             for split, parts in ids.items()
         }
         return Result(splits, report)
+
+    def _encoded(self, found: Iterable[Document]) -> Iterator[tuple[Document, Ids | None]]:
+        batch: list[Document] = []
+        characters = 0
+        for document in found:
+            batch.append(document)
+            characters += len(document.text)
+            if characters >= _CHARACTERS_OF_A_CALL:
+                yield from self._together(batch)
+                batch, characters = [], 0
+        yield from self._together(batch)
+
+    def _together(self, batch: list[Document]) -> Iterator[tuple[Document, Ids | None]]:
+        texts = [document.text for document in batch]
+        return zip(batch, self._encoder.encode(texts) if texts else [], strict=True)
 
 
 _worker_encoder: ChunkEncoder | None = None

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from array import array
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -152,7 +154,7 @@ def token_dtype(vocab_size: int) -> np.dtype[np.integer]:
 
 
 class Encoder:
-    """Text to token ids, one document at a time.
+    """Texts to token ids, each for itself.
 
     The name of a special token inside a document is text like any other: were it to become the
     token, a document could end itself.
@@ -178,30 +180,42 @@ class Encoder:
         self._model.no_truncation()
         self._model.no_padding()
 
-    def encode(self, text: str) -> Ids | None:
-        """The ids of `text` and of its end; nothing at all for a text without tokens.
+    def encode(self, texts: Sequence[str]) -> list[Ids | None]:
+        """The ids of each text and of its end; nothing at all for a text without tokens.
 
-        None where it is too long to be encoded at once and has no line's end to do so in parts.
+        None where one is too long to be encoded at once and has no line's end to do so in parts.
+        Several texts in a call are about a twentieth quicker than as many calls.
         """
-        if len(text) <= _LONGEST_PIECE:
-            ids = self._ids(text)
-            return np.array(ids + self._tail if ids else [], dtype=self._dtype)
+        if len(texts) == 1 and len(texts[0]) > _LONGEST_PIECE:
+            return [self._encode_in_pieces(texts[0])]
+        if any(len(text) > _LONGEST_PIECE for text in texts):
+            return [ids for text in texts for ids in self.encode([text])]
+        return [self._ended(ids) for ids in self._ids(texts)]
+
+    def _ended(self, ids: list[int]) -> Ids:
+        if not ids:
+            return np.array([], dtype=self._dtype)
+        ids += self._tail
+        # Quicker than from the list itself, which numpy looks through for its type.
+        return np.frombuffer(array(self._dtype.char, ids), dtype=self._dtype)
+
+    def _encode_in_pieces(self, text: str) -> Ids | None:
         parts: list[Ids] = []
         start = 0
         while start < len(text):
             end = self._end_of_piece(text, start)
             if end is None:
                 return None
-            parts.append(np.array(self._ids(text[start:end]), dtype=self._dtype))
+            parts.append(np.array(self._ids([text[start:end]])[0], dtype=self._dtype))
             start = end
         parts.append(np.array(self._tail, dtype=self._dtype))
         return np.concatenate(parts)
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if hasattr(self._model, "encode_batch_fast"):
-            ids: list[int] = self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids
-            return ids
-        return list(self._model.encode(text))
+            encodings = self._model.encode_batch_fast(texts, add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
+        return [self._model.encode(text) for text in texts]
 
     def _end_of_piece(self, text: str, start: int) -> int | None:
         """Where the piece from `start` may end, so that pieces have the tokens of the whole.
@@ -217,6 +231,7 @@ class Encoder:
                 continue
             before = text[max(start, cut - _CONTEXT) : cut]
             behind = text[cut : cut + _CONTEXT]
-            if self._ids(before + behind) == self._ids(before) + self._ids(behind):
+            whole, first, second = self._ids([before + behind, before, behind])
+            if whole == first + second:
                 return cut
         return None

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def encoding(info: TokenizerInfo, append_eod: bool = True) -> Encoding:
 
 
 def ids_of(info: TokenizerInfo, eod: int | None, dtype: type[np.integer], text: str) -> np.ndarray:
-    ids = Encoder(info.serialized, eod, np.dtype(dtype)).encode(text)
+    (ids,) = Encoder(info.serialized, eod, np.dtype(dtype)).encode([text])
     assert ids is not None
     return ids
 
@@ -195,9 +196,9 @@ def test_long_text_has_the_tokens_of_the_whole(
     pieces: list[str] = []
     original = Encoder._ids
 
-    def counted(self: Encoder, part: str) -> list[int]:
-        pieces.append(part)
-        return original(self, part)
+    def counted(self: Encoder, parts: Sequence[str]) -> list[list[int]]:
+        pieces.extend(parts)
+        return original(self, parts)
 
     monkeypatch.setattr(Encoder, "_ids", counted)
     np.testing.assert_array_equal(ids_of(info, 1, np.uint16, text), whole)

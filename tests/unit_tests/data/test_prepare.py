@@ -190,7 +190,9 @@ def test_documents_without_tokens_or_too_long_are_left_out(
         second.read_text(): Long(),
     }
     nine = np.array([9], np.uint16)
-    monkeypatch.setattr(encode.Encoder, "encode", lambda _, text: strange.get(text, nine))
+    monkeypatch.setattr(
+        encode.Encoder, "encode", lambda _, texts: [strange.get(t, nine) for t in texts]
+    )
     made, _ = prepare_dataset(job)
     assert made["skipped"] == {
         "no tokens": {"count": 1, "names": [str(first)]},
