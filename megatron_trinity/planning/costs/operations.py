@@ -43,6 +43,9 @@ COLLECTIVES = {
 }
 """torch's name of an operation, to that of the collective."""
 
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_grouped_mm", "grouped_mm"}
+"""Operations that are products of matrices."""
+
 _SENT = {"all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 """Number of the argument that is sent, where it is not the first."""
 
@@ -54,6 +57,7 @@ class OperationCounter(TorchDispatchMode):
         launches: by part and operation.
         collectives: by part and kind, bytes that a rank puts in: an all-to-all's include its own
             part, a reduce-scatter's are those of the whole.
+        calls: by part, collectives.
     """
 
     def __init__(self, places: Places) -> None:
@@ -61,6 +65,7 @@ class OperationCounter(TorchDispatchMode):
         self._places = places
         self.launches: Counter[tuple[str, str]] = Counter()
         self.collectives: Counter[tuple[str, str]] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -70,7 +75,7 @@ class OperationCounter(TorchDispatchMode):
         if namespace == "c10d":
             self._collective(name, args)
             if name == "alltoall_base_":
-                _fill(args[0], args[1])
+                args = _filled(*args)
         elif name not in FREE and not function.is_view and not on_host(args, kwargs):
             self.launched(name)
         out = function(*args, **kwargs)
@@ -89,6 +94,7 @@ class OperationCounter(TorchDispatchMode):
         sent = tree_leaves(args[_SENT.get(kind, 0)])
         size = sum(tensor.nbytes for tensor in sent if isinstance(tensor, Tensor))
         self.collectives[self._places.now(), kind] += size
+        self.calls[self._places.now()] += 1
 
     def __enter__(self) -> OperationCounter:
         _active.append(self)
@@ -144,7 +150,15 @@ def on_host(*values: Any) -> bool:
     return bool(tensors) and all(t.untyped_storage()._cdata in _host for t in tensors)
 
 
-def _fill(received: Tensor, sent: Tensor) -> None:
-    """Ranks that are not there send what this one sends, over and over."""
+def _filled(
+    received: Tensor, sent: Tensor, group: Any, received_counts: Any, sent_counts: Any, *rest: Any
+) -> tuple[Any, ...]:
+    """Ranks that are not there send what this one sends, over and over.
+
+    Returns: the arguments of the call; a group of fake ranks takes none that sends nothing.
+    """
     rows = torch.arange(len(received)) % max(len(sent), 1)
     received.copy_(sent[rows] if len(sent) else torch.zeros_like(received))
+    if not len(sent):
+        sent, sent_counts = received.clone(), received_counts
+    return received, sent, group, received_counts, sent_counts, *rest

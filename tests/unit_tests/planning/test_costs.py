@@ -168,9 +168,10 @@ def sent(rank: int, world_size: int) -> dict[str, int]:
         dist.broadcast(x[:2], 0)
         dist.all_gather([torch.empty(8) for _ in range(world_size)], x)
         dist.barrier()
-    return {kind: size for (_, kind), size in counter.collectives.items()}
+    sizes = {kind: size for (_, kind), size in counter.collectives.items()}
+    return {**sizes, "calls": counter.calls["all"]}
 
 
 def test_bytes_that_a_rank_puts_in(ranks: RankPools) -> None:
-    expected = {"all_reduce": 32, "broadcast": 8, "all_gather": 32}
+    expected = {"all_reduce": 32, "broadcast": 8, "all_gather": 32, "calls": 3}
     assert ranks.run(sent, world_size=2) == [expected] * 2
