@@ -5,7 +5,8 @@ runs behind the step. Widths, sequence, window and vocabulary are divided by `--
 layers; experts, heads and experts a token are those of `nano`. Ours beside megatron-core's own
 GPTModel of its local spec, with the same arguments: the same sizes, experts and optimizer, no
 sandwich norm, no logsumexp and largest logit of the tokens. With `--optimizer muon` its own Muon
-stands beside ours, over whole matrices that are shared out to the ranks.
+stands beside ours, over whole matrices that are shared out to the ranks. QK norm, output gate and
+windows are on both sides.
 
 Operations are those that torch dispatches on a CPU, with the norms and SwiGLU of a GPU in their
 place on both sides, and AdamW over lists of tensors. The tokens that fake ranks send are this
