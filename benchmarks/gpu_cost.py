@@ -6,7 +6,8 @@ layers; experts, heads and experts a token are those of `nano`. Ours beside mega
 GPTModel of its local spec, with the same arguments: the same sizes, experts and optimizer, no
 sandwich norm, no logsumexp and largest logit of the tokens. With `--optimizer muon` its own Muon
 stands beside ours, over whole matrices that are shared out to the ranks. QK norm, output gate and
-windows are on both sides.
+windows are on both sides. With `--transformer-impl transformer_engine` both have its layers, over the
+emulation of the tests, where each function of its extension is one launch.
 
 Operations are those that torch dispatches on a CPU, with the norms and SwiGLU of a GPU in their
 place on both sides, and AdamW over lists of tensors. The tokens that fake ranks send are this
@@ -16,8 +17,10 @@ rank's own.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -31,7 +34,7 @@ from rich.table import Table
 
 from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
-from megatron_trinity.errors import UsageError, run_command
+from megatron_trinity.errors import TrinityError, UsageError, run_command
 from megatron_trinity.planning.costs.parts import (
     BEHIND,
     EMBEDDING,
@@ -50,6 +53,7 @@ EXAMPLE = """example:
   OMP_NUM_THREADS=1 python benchmarks/gpu_cost.py
 """
 
+ROOT = Path(__file__).resolve().parents[1]
 RANKS = 8
 NANO = {
     "hidden-size": 1024,
@@ -68,6 +72,10 @@ OPTIMIZERS: Mapping[str, Sequence[str]] = {
     "muon": ("--adamw-lr", "1e-3", "--muon-fp32-matmul-prec", "medium"),
 }
 """Name to flags that belong to it."""
+
+TRANSFORMER_ENGINE = "transformer_engine"
+LAYERS: Mapping[str, Sequence[str]] = {"local": (), TRANSFORMER_ENGINE: ("--moe-grouped-gemm",)}
+"""Kind of layers to flags that belong to it."""
 
 WARM_UP = 2
 MIB = 2**20
@@ -100,6 +108,7 @@ def flags(arguments: Namespace, scratch: Path) -> list[str]:
         "--micro-batch-size": 1,
         "--global-batch-size": RANKS,
         "--expert-model-parallel-size": RANKS,
+        "--transformer-impl": arguments.transformer_impl,
         "--optimizer": arguments.optimizer,
         "--tokenizer-type": "NullTokenizer",
         # No step clips: without Apex or Transformer Engine that is operations for each gradient.
@@ -112,6 +121,7 @@ def flags(arguments: Namespace, scratch: Path) -> list[str]:
         "--loss-chunk-size": chunk // arguments.scale,
     }
     words = [str(word) for pair in options.items() for word in pair]
+    words += LAYERS[arguments.transformer_impl]
     return [*words, *OPTIMIZERS[arguments.optimizer], "--mock-data", "--use-distributed-optimizer"]
 
 
@@ -121,6 +131,9 @@ def start(arguments: Namespace, scratch: Path) -> Namespace:
     os.environ |= {"RANK": last, "LOCAL_RANK": last, "WORLD_SIZE": str(RANKS)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+    if arguments.transformer_impl == TRANSFORMER_ENGINE:
+        load_transformer_engine()
 
     from megatron_trinity.upstream import adapt_megatron
 
@@ -144,6 +157,20 @@ def start(arguments: Namespace, scratch: Path) -> Namespace:
     initialize_megatron()
     get_timers()("interval-time", log_level=0).start()  # as the loop does
     return args
+
+
+def load_transformer_engine() -> None:
+    """Its Python modules, over the emulation of the tests.
+
+    Raises:
+        TrinityError: there is no environment with it.
+    """
+    packages = next(ROOT.glob(".venv-te/lib/python*/site-packages"), None)
+    if packages is None:
+        raise TrinityError("there is no .venv-te yet: bash tests/run.sh -m te makes it")
+    os.environ["TRINITY_TEST_TE_PACKAGES"] = str(packages)
+    sys.path.insert(0, str(ROOT))
+    importlib.import_module("tests.transformer_engine.worker").load_emulated()
 
 
 def our_side(args: Namespace) -> Side:
@@ -181,7 +208,9 @@ def megatron_side(args: Namespace) -> Side:
     args.muon_tp_mode = "blockwise"
     config = core_transformer_config_from_args(args, TransformerConfig)
     model_config = gpt_config_from_args(args, config=config)
-    model_config.transformer_layer_spec = lambda _: get_gpt_decoder_block_spec(config, False)
+    model_config.transformer_layer_spec = lambda _: get_gpt_decoder_block_spec(
+        config, args.transformer_impl == TRANSFORMER_ENGINE
+    )
     container = pretrain_cfg_container_from_args(args, model_config)
     set_optimizer_factory(None)
     if args.optimizer == "muon":
@@ -304,7 +333,7 @@ def show(found: Mapping[str, Result], figures: Sequence[Row]) -> None:
     for row in figures:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         table.add_row(row["case"], f"{row['ours']:.4g}", f"{row['peer']:.4g}", ratio)
-    console = Console(width=120)
+    console = Console(width=150)
     console.print(table)
     for name, result in found.items():
         table = Table("where", "what", "part of the step", "times", "with a line", title=name)
@@ -325,6 +354,10 @@ def main() -> None:
         from megatron_trinity.planning.costs.gpu_paths import take_gpu_paths
 
         take_gpu_paths()
+        if args.transformer_impl == TRANSFORMER_ENGINE:
+            from megatron_trinity.planning.costs.transformer_engine import count_extension
+
+            count_extension()
         for name, make in sides.items():
             found[name] = count(args, make(args))
         get_tensorboard_writer().close()
@@ -342,6 +375,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument(
         "--scale", type=int, default=8, help="what sizes are divided by (default %(default)s)"
     )
+    parser.add_argument("--transformer-impl", choices=LAYERS, default="local", help="of both sides")
     add_json_argument(parser)
     parser.add_argument("--quick", action="store_true", help="4 layers, --scale 16")
     arguments = parser.parse_args(argv)

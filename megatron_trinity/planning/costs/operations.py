@@ -83,9 +83,9 @@ class OperationCounter(TorchDispatchMode):
             mark_on_host(out)
         return out
 
-    def launched(self, name: str) -> None:
-        """Count one."""
-        self.launches[self._places.now(), name] += 1
+    def launched(self, name: str, number: int = 1) -> None:
+        """Count some."""
+        self.launches[self._places.now(), name] += number
 
     def _collective(self, name: str, args: Any) -> None:
         kind = COLLECTIVES.get(name)
@@ -109,13 +109,18 @@ class OperationCounter(TorchDispatchMode):
 _active: list[OperationCounter] = []
 
 
-def one_launch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which is one kernel on a GPU and several operations here."""
+def one_launch(
+    name: str, function: Callable[..., Any], number: Callable[..., int] | None = None
+) -> Callable[..., Any]:
+    """`function`, which is one kernel on a GPU and several operations here.
+
+    Args: number: how many kernels it is, from its arguments, if it is not one.
+    """
 
     @functools.wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:
         for counter in _active:
-            counter.launched(name)
+            counter.launched(name, number(*args, **kwargs) if number else 1)
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             return function(*args, **kwargs)
 

@@ -73,6 +73,17 @@ def test_what_muon_costs(tmp_path: Path) -> None:
         assert found[f"{kind}, MiB sent"]["ratio"] > 0.95
 
 
+@pytest.mark.te
+def test_layers_of_transformer_engine(tmp_path: Path) -> None:
+    found = counted(tmp_path, "--transformer-impl", "transformer_engine")
+    assert found["MoE layer, local, host syncs"]["ours"] == 1
+    assert found["optimizer, host syncs"]["ours"] == 1
+    # A product for each expert that has tokens, forward, and two of each backward, on both sides.
+    assert found["routed experts of a layer, launches"]["ratio"] > 0.9
+    # Two norms more.
+    assert found["MoE layer, local, MiB kept"]["ratio"] > 0.9
+
+
 @pytest.mark.slow
 def test_what_a_step_costs(tmp_path: Path) -> None:
     """The targets that hold; a change that adds a host sync fails here."""

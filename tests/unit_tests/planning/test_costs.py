@@ -124,6 +124,7 @@ DOES_NOT_WAIT = {
     "an index": lambda: X[torch.argsort(X)],
     "a masked fill": lambda: torch.where(MASK, X, 0.0).masked_fill(MASK, 1.0),
     "a known number": lambda: torch.repeat_interleave(X, 2),
+    "what is to be on the host": lambda: torch.tensor([2, 3], device="cpu").tolist(),
     "what is made on the host": lambda: (torch.tensor([2.0]) + torch.zeros(1)).item(),
     "what came to the host": lambda: mark_on_host(X.clone())[1:].view(3).tolist(),
 }
