@@ -6,8 +6,8 @@ layers; experts, heads and experts a token are those of `nano`. Ours beside mega
 GPTModel of its local spec, with the same arguments: the same sizes, experts and optimizer, no
 sandwich norm, no logsumexp and largest logit of the tokens. With `--optimizer muon` its own Muon
 stands beside ours, over whole matrices that are shared out to the ranks. QK norm, output gate and
-windows are on both sides. With `--transformer-impl transformer_engine` both have its layers, over the
-emulation of the tests, where each function of its extension is one launch.
+windows are on both sides. With `--transformer-impl transformer_engine` both have its layers, over
+the emulation of the tests, where each function of its extension is one launch.
 
 Operations are those that torch dispatches on a CPU, with the norms and SwiGLU of a GPU in their
 place on both sides, and AdamW over lists of tensors. The tokens that fake ranks send are this
