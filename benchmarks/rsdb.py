@@ -13,9 +13,10 @@ import subprocess
 import sys
 import sysconfig
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, pvariance
 
 from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.command_line.rows import add_json_argument, make_row, write_rows
@@ -36,7 +37,6 @@ CASES: Mapping[str, tuple[str, ...]] = {
 COLOURS = {"in-order": "#D55E00", "sequential": "#0072B2", "document-buffer": "#009E73"}
 HETEROGENEITY, GRAD_NORM, LOSS = "batch heterogeneity", "grad-norm", "lm loss"
 WARM_UP = 20  # steps that are left out: the norm falls there whatever is read
-REPORT = {"heterogeneity": -0.46, "kurtosis": (14.6, 187.0)}
 
 
 def kurtosis(values: Sequence[float]) -> float:
@@ -44,6 +44,11 @@ def kurtosis(values: Sequence[float]) -> float:
     mean = fmean(values)
     variance = fmean((value - mean) ** 2 for value in values)
     return fmean((value - mean) ** 4 for value in values) / variance**2
+
+
+def unrest(losses: Sequence[float]) -> float:
+    """Variance of the change of the loss from one step to the next."""
+    return pvariance([after - before for before, after in pairwise(losses)])
 
 
 def prepare(output: Path) -> None:
@@ -104,6 +109,14 @@ def _run(*words: str) -> None:
         raise TrinityError(f"{' '.join(words[:6])} failed: {' '.join(errors)}")
 
 
+Run = Mapping[str, Sequence[float]]
+MEASURES: Mapping[str, Callable[[Run], float]] = {
+    "batch heterogeneity, nats": lambda run: fmean(run[HETEROGENEITY][WARM_UP:]),
+    "kurtosis of the gradient norm": lambda run: kurtosis(run[GRAD_NORM][WARM_UP:]),
+    "variance of the loss from step to step": lambda run: unrest(run[LOSS][WARM_UP:]),
+}
+
+
 def draw(runs: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], figure: Path) -> None:
     """Heterogeneity and gradient norm of the first seed against steps."""
     import matplotlib
@@ -150,27 +163,17 @@ def main() -> None:
     for seed in arguments.seeds:
         for case in CASES:
             runs[case].append(train(output, case, seed, arguments.steps))
-    print("| packing | batch heterogeneity | kurtosis of the gradient norm | last loss |")
-    print("|---|---|---|---|")
-    means: dict[str, tuple[float, float]] = {}
+    print(f"| packing | {' | '.join(MEASURES)} |")
+    print(f"|---{'|---' * len(MEASURES)}|")
+    means: dict[str, list[float]] = {}
     for case, of_seeds in runs.items():
-        het = [fmean(run[HETEROGENEITY][WARM_UP:]) for run in of_seeds]
-        kurt = [kurtosis(run[GRAD_NORM][WARM_UP:]) for run in of_seeds]
-        loss = [fmean(run[LOSS][-10:]) for run in of_seeds]
-        means[case] = (fmean(het), fmean(kurt))
-        cells = (" ".join(f"{value:.3g}" for value in values) for values in (het, kurt, loss))
+        figures = [[measure(run) for run in of_seeds] for measure in MEASURES.values()]
+        means[case] = [fmean(values) for values in figures]
+        cells = (" ".join(f"{value:.3g}" for value in values) for values in figures)
         print(f"| {case} | {' | '.join(cells)} |")
-    ours = means["document-buffer"]
-    for peer in ("in-order", "sequential"):
-        change = ours[0] / means[peer][0] - 1
-        print(
-            f"against {peer}: heterogeneity {change:+.0%} (report {REPORT['heterogeneity']:+.0%}), "
-            f"kurtosis {ours[1]:.1f} against {means[peer][1]:.1f} (report 14.6 against 187)"
-        )
-    units = ((HETEROGENEITY, "nats"), ("kurtosis of the gradient norm", ""))
     rows = [
-        make_row(f"{name}: buffer against {peer}", ours[n], means[peer][n], unit)
-        for n, (name, unit) in enumerate(units)
+        make_row(f"{name}: buffer against {peer}", ours, means[peer][number], "")
+        for number, (name, ours) in enumerate(zip(MEASURES, means["document-buffer"], strict=True))
         for peer in ("in-order", "sequential")
     ]
     write_rows(arguments.json, rows)

@@ -57,6 +57,8 @@ def main() -> None:
     size = made["vocab_size"]
     short = f", fewer than {arguments.vocab_size:,}: the text is short"
     print(f"vocabulary: {size:,} tokens{short if size < arguments.vocab_size else ''}")
+    figures = made.get("bytes_per_token", {})
+    print("bytes a token: " + ", ".join(f"{kind} {value:.2f}" for kind, value in figures.items()))
     print(f"wrote {arguments.output}" if is_new else f"{arguments.output} is this already")
 
 

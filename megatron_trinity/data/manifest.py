@@ -6,11 +6,11 @@ first and renamed into place last: where it stands, all that it describes stands
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,18 +52,32 @@ def refuse_existing(outputs: Iterable[Path], why: str) -> None:
 def staging_directory(parent: Path, name: str) -> Iterator[Path]:
     """A hidden directory inside `parent` that is gone afterwards, whatever happened.
 
+    What a killed process has left in it is removed.
+
     Raises:
-        TrinityError: `parent` cannot be made or written to.
+        TrinityError: `parent` cannot be made or written to, or another process has it.
     """
+    staging = parent / f".{name}.part"
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=parent))
+        staging.mkdir(parents=True, exist_ok=True)
+        lock = os.open(staging, os.O_RDONLY)
     except OSError as error:
         raise TrinityError(f"cannot write into {parent}: {error.strerror}") from error
     try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrinityError(f"another process writes into {parent}: wait for it") from error
+        for left in staging.iterdir():
+            left.unlink()
         yield staging
-    finally:
         shutil.rmtree(staging, ignore_errors=True)
+    except BaseException as error:
+        if not isinstance(error.__cause__, BlockingIOError):
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
 
 
 def publish(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from megatron_trinity.data.listing import (
     survey,
 )
 from megatron_trinity.data.records import iterate_documents
+from megatron_trinity.data.tokenizer_report import Sample, bytes_per_token
 from megatron_trinity.errors import TrinityError, UsageError
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
@@ -41,7 +42,39 @@ The published chat tokenizers end a turn, and name as eos, `<|im_end|>`. Here eo
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""Turns of a chat, as transformers and servers write them; exports carry it along."""
+
+README = f"""\
+# Tokenizer
+
+Byte-level BPE, read by `AutoTokenizer.from_pretrained`.
+
+## Names of special tokens in text
+
+`AutoTokenizer` turns `{END_OF_TEXT}` and the other names of special tokens into their ids wherever
+they stand, in a document or in what a user types as well. To keep such text as text:
+
+```python
+tokenizer(text, split_special_tokens=True)
+```
+
+Data preparation reads documents in that way. `tokenizer.apply_chat_template(messages)` writes the
+special tokens of a chat; check or escape what users write before it.
+"""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "README.md",
+)
 MANIFEST_FILE = "training_manifest.json"
 
 # A run of decimal digits, then groups of three aligned from its right: 1234567 -> 1|234|567.
@@ -133,8 +166,9 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         "model_max_length": 10**30,
     }
     tokenizer.save(str(directory / TOKENIZER_FILES[0]))
-    for name, content in zip(TOKENIZER_FILES[1:], (config, named), strict=True):
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    texts = (json.dumps(config, indent=2) + "\n", json.dumps(named, indent=2) + "\n")
+    for name, text in zip(TOKENIZER_FILES[1:], (*texts, CHAT_TEMPLATE, README), strict=True):
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -200,6 +234,7 @@ def make_tokenizer(request: TokenizerRequest) -> tuple[dict[str, Any], bool]:
                 "request": asked,
                 "vocab_size": tokenizer.get_vocab_size(),
                 "sha256": {n: manifest.sha256_of_file(staging / n) for n in TOKENIZER_FILES},
+                "bytes_per_token": bytes_per_token(tokenizer, seen.sample),
                 "documents": seen.documents,
                 "bytes": seen.bytes,
                 "skipped": report.as_dict(),
@@ -217,18 +252,21 @@ class _Seen:
 
     documents: int = 0
     bytes: int = 0
+    sample: Sample = field(default_factory=Sample)
 
     def training_texts(self, found: Iterable[Document], valid_fraction: float) -> Iterator[str]:
         for document in found:
             if documents.assign_split(document.split_key, valid_fraction) == "train":
                 self.documents += 1
                 self.bytes += document.text_bytes
+                self.sample.offer(document)
                 yield document.text
 
 
 def _is_intact(present: dict[str, Any], targets: Iterable[Path]) -> bool:
-    hashes = present.get("sha256", {})
-    return all(
-        path.is_file() and hashes.get(path.name) == manifest.sha256_of_file(path)
+    hashes = present.get("sha256", {})  # of an older tokenizer it names fewer files
+    return TOKENIZER_FILES[0] in hashes and all(
+        path.is_file() and hashes[path.name] == manifest.sha256_of_file(path)
         for path in targets
+        if path.name in hashes
     )

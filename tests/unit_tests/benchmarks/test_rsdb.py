@@ -1,4 +1,4 @@
-"""The document buffer's benchmark: its measure of how heavy the tails are."""
+"""The document buffer's benchmark: how heavy tails are, and how a loss moves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.rsdb import kurtosis
+from benchmarks.rsdb import kurtosis, unrest
 
 
 def test_kurtosis() -> None:
@@ -15,3 +15,8 @@ def test_kurtosis() -> None:
     generator = random.Random(1)
     normal = [generator.gauss(5, 2) for _ in range(40_000)]
     assert kurtosis(normal) == pytest.approx(3, abs=0.1)
+
+
+def test_unrest_is_of_changes_and_not_of_a_trend() -> None:
+    assert unrest([5.0, 4.0, 3.0, 2.0]) == 0.0
+    assert unrest([1.0, 2.0, 1.0, 2.0, 1.0]) == 1.0

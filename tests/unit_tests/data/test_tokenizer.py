@@ -207,6 +207,8 @@ def test_tool_writes_the_same_bytes_each_time(corpus: Path, tmp_path: Path) -> N
     second = run_tool(*asked, "--output", tmp_path / "b", RAYON_NUM_THREADS="3", PYTHONHASHSEED="2")
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "README.md",
+        "chat_template.jinja",
         "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",
