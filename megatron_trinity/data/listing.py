@@ -138,15 +138,26 @@ class _Reached:
 
     def __init__(self, glob: str) -> None:
         self.pattern = glob.split("/")
-        self.directories: list[str] = []  # real paths
+        self.trees: list[_Tree] = []
         self.single: set[str] = set()  # real paths of files that were named, or are behind links
 
-    def directly(self, real: str, directories: Sequence[str]) -> bool:
-        """Whether one of `directories` has the file itself, not only a link to it."""
-        return any(
-            real.startswith(f"{root}/") and _matches(real[len(root) + 1 :].split("/"), self.pattern)
-            for root in directories
-        )
+
+@dataclass(frozen=True)
+class _Tree:
+    """A directory by its real path; `pattern` is None for the standard library's."""
+
+    root: str
+    pattern: Sequence[str] | None
+
+    def takes(self, name: str) -> bool:
+        """Whether a file of this relative name is one of the source."""
+        if self.pattern is None:
+            return _is_stdlib_module(name)
+        return _matches(name.split("/"), self.pattern)
+
+    def has(self, real: str) -> bool:
+        """Whether it has the file itself, not only a link to it."""
+        return real.startswith(f"{self.root}/") and self.takes(real[len(self.root) + 1 :])
 
 
 def _local(
@@ -163,31 +174,28 @@ def _local(
             f"source {source} is not there: give a directory, a file, @LIST, a URL, "
             f"{STANDARD_INPUT} for standard input, or {PYTHON_STDLIB}"
         )
-    real_root = os.path.realpath(root)
+    tree = _Tree(os.path.realpath(root), None if source == PYTHON_STDLIB else reached.pattern)
     label = (root if names else source).rstrip("/")
     for name in names or _walk(root, "", label, report):
-        if names is None and source == PYTHON_STDLIB:
-            if not _is_stdlib_module(name):
-                continue
-        elif names is None and not _matches(name.split("/"), reached.pattern):
+        if names is None and not tree.takes(name):
             continue
         path = os.path.join(root, name)
         shown = printable(name)
-        shown_label = f"{label}/{shown}" if label else shown
-        file = _describe(path, shown, shown_label, report, given)
-        if file is None:
+        found = _describe(path, shown, f"{label}/{shown}" if label else shown, report, given)
+        if found is None:
             continue
-        is_link = os.path.islink(path) or names is not None
-        real = os.path.realpath(path) if is_link else os.path.join(real_root, name)
-        own = [real_root] if names is None and os.path.islink(path) else []
-        if real in reached.single or reached.directly(real, [*reached.directories, *own]):
+        file, is_link = found
+        by_name = is_link or names is not None
+        real = os.path.realpath(path) if by_name else os.path.join(tree.root, name)
+        trees = [*reached.trees, tree] if is_link and names is None else reached.trees
+        if real in reached.single or any(other.has(real) for other in trees):
             report.add(Skip.DUPLICATE, file.label)
             continue
-        if is_link:
+        if by_name:
             reached.single.add(real)
         yield file
     if names is None:
-        reached.directories.append(real_root)
+        reached.trees.append(tree)
 
 
 def _walk(root: str, prefix: str, label: str, report: SkipReport) -> Iterator[str]:
@@ -254,18 +262,20 @@ def _data_of(directory: str, names: list[str], label: str, report: SkipReport) -
 
 def _describe(
     path: str, name: str, label: str, report: SkipReport, given: Kind | None
-) -> SourceFile | None:
+) -> tuple[SourceFile, bool] | None:
+    """The file, and whether it is a link."""
     try:
-        status = os.stat(path)
+        status = os.lstat(path)
+        is_link = stat.S_ISLNK(status.st_mode)
+        status = os.stat(path) if is_link else status
     except OSError as error:
         report.add(Skip.UNREADABLE, f"{label} ({error.strerror})")
         return None
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         report.add(Skip.NOT_A_FILE, label)
         return None
-    return SourceFile(
-        path, name, label, status.st_size, str(status.st_mtime_ns), format_of(name, given)
-    )
+    stamp, format_ = str(status.st_mtime_ns), format_of(name, given)
+    return SourceFile(path, name, label, status.st_size, stamp, format_), is_link
 
 
 def _is_stdlib_module(name: str) -> bool:

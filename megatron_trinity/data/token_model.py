@@ -6,14 +6,21 @@ This module stays light to import (no torch, no Megatron): each worker process i
 from __future__ import annotations
 
 import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_trinity.data.interrupts import interrupts_deferred
+from megatron_trinity.data.interrupts import (
+    end_with_parent,
+    interrupts_blocked,
+    interrupts_deferred,
+)
 from megatron_trinity.data.manifest import sha256_of_file
 from megatron_trinity.errors import TrinityError, UsageError
 
@@ -72,7 +79,13 @@ def load_tokenizer(named: Path) -> TokenizerInfo:
             f"no tokenizer.json in {directory}: give a tokenizer's directory, or make one with "
             "tools/train_tokenizer.py"
         )
-    return _load_hugging_face(directory, path)
+    if "transformers" in sys.modules:
+        return _load_hugging_face(directory, path)
+    # It imports torch, half a gigabyte that this process has no use for: a process of its own.
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as executor:
+        with interrupts_blocked():
+            loaded = executor.submit(_load_hugging_face, directory, path)
+        return loaded.result()
 
 
 def _cached_on_hub(named: Path) -> Path:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from megatron_trinity.data.documents import (
 )
 from megatron_trinity.data.listing import (
     SourceFile,
+    _Tree,
     refuse_output_inside_sources,
     source_files,
     survey,
@@ -315,3 +317,15 @@ def test_output_inside_a_source_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="inside source"):
         refuse_output_inside_sources(tmp_path / "in" / "deep" / "out", [str(tmp_path / "in")])
     refuse_output_inside_sources(tmp_path / "out", [PYTHON_STDLIB, str(tmp_path / "in")])
+
+
+def test_file_that_an_earlier_source_leaves_out_is_no_duplicate() -> None:
+    """The tests of the standard library are none of `python-stdlib`."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    report = SkipReport()
+    own = source_files([PYTHON_STDLIB, str(stdlib / "json")], "**/*.py", report)
+    assert len([file for file in own if file.path.startswith(f"{stdlib}/json/")]) > 3
+    assert report.counts == {Skip.DUPLICATE: len(list((stdlib / "json").glob("*.py")))}
+    left_out = stdlib / "json" / "tests"
+    assert not _Tree(str(stdlib), None).has(str(left_out / "a.py"))
+    assert _Tree(str(stdlib), ["**", "*.py"]).has(str(left_out / "a.py"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_trinity.data.prepare import PrepareRequest, prepare_dataset
 from megatron_trinity.data.token_model import load_tokenizer
 from megatron_trinity.errors import TrinityError, UsageError
+from tests.paths import ROOT
 from tests.unit_tests.data.conftest import WORDS
 
 
@@ -46,6 +50,25 @@ def test_sentencepiece(named: str, model: Path, corpus: Path, tmp_path: Path) ->
     assert dataset[0].tolist() == [*expected, 2]
     assert dataset[1].tolist() == [*reference.encode((corpus / "part0/00.txt").read_text()), 2]
     assert dataset[0].dtype == np.uint16
+
+
+def test_process_that_prepares_imports_no_torch(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Nor Megatron, half a gigabyte and a word on CUDA; Arrow only where it is asked for."""
+    (tmp_path / "a.txt").write_text("the router")
+    code = """if True:
+    import sys
+    from pathlib import Path
+    from megatron_trinity.data.prepare import PrepareRequest, prepare_dataset
+    source, tokenizer, output = map(Path, sys.argv[1:])
+    prepare_dataset(PrepareRequest((str(source),), tokenizer, output, valid_fraction=0.0))
+    print({"torch", "megatron", "transformers", "pyarrow", "fsspec"} & set(sys.modules))
+    """
+    paths = [str(tmp_path / "a.txt"), str(tokenizer_dir), str(tmp_path / "out" / "d")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 def test_file_of_a_tokenizer_is_that_of_its_directory(tokenizer_dir: Path) -> None:
