@@ -4,7 +4,10 @@ One rank of EP 8 of a small `nano`, the other seven fake: forward, backward, opt
 runs behind the step. Widths, sequence, window and vocabulary are divided by `--scale`, with fewer
 layers; experts, heads and experts a token are those of `nano`. Ours beside megatron-core's own
 GPTModel of its local spec, with the same arguments: the same sizes, experts and optimizer, no
-sandwich norm, no logsumexp and largest logit of the tokens.
+sandwich norm, no logsumexp and largest logit of the tokens. With `--optimizer muon` its own Muon
+stands beside ours, over whole matrices that are shared out to the ranks. QK norm, output gate and
+windows are on both sides. With `--transformer-impl transformer_engine` both have its layers, over
+the emulation of the tests, where each function of its extension is one launch.
 
 Operations are those that torch dispatches on a CPU, with the norms and SwiGLU of a GPU in their
 place on both sides, and AdamW over lists of tensors. The tokens that fake ranks send are this
@@ -14,11 +17,13 @@ rank's own.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
+import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +34,7 @@ from rich.table import Table
 
 from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
-from megatron_trinity.errors import UsageError, run_command
+from megatron_trinity.errors import TrinityError, UsageError, run_command
 from megatron_trinity.planning.costs.parts import (
     BEHIND,
     EMBEDDING,
@@ -41,12 +46,14 @@ from megatron_trinity.planning.costs.parts import (
 )
 
 if TYPE_CHECKING:
+    from megatron_trinity.planning.costs.side import Side
     from megatron_trinity.planning.costs.step import Counts
 
 EXAMPLE = """example:
   OMP_NUM_THREADS=1 python benchmarks/gpu_cost.py
 """
 
+ROOT = Path(__file__).resolve().parents[1]
 RANKS = 8
 NANO = {
     "hidden-size": 1024,
@@ -58,6 +65,17 @@ NANO = {
     "vocab-size": 200192,
 }
 """Of `nano`, what is divided by `--scale`."""
+
+OPTIMIZERS: Mapping[str, Sequence[str]] = {
+    "adam": (),
+    # The products of a GPU; on a CPU the default is fp32.
+    "muon": ("--adamw-lr", "1e-3", "--muon-fp32-matmul-prec", "medium"),
+}
+"""Name to flags that belong to it."""
+
+TRANSFORMER_ENGINE = "transformer_engine"
+LAYERS: Mapping[str, Sequence[str]] = {"local": (), TRANSFORMER_ENGINE: ("--moe-grouped-gemm",)}
+"""Kind of layers to flags that belong to it."""
 
 WARM_UP = 2
 MIB = 2**20
@@ -90,8 +108,11 @@ def flags(arguments: Namespace, scratch: Path) -> list[str]:
         "--micro-batch-size": 1,
         "--global-batch-size": RANKS,
         "--expert-model-parallel-size": RANKS,
-        "--optimizer": "adam",
+        "--transformer-impl": arguments.transformer_impl,
+        "--optimizer": arguments.optimizer,
         "--tokenizer-type": "NullTokenizer",
+        # No step clips: without Apex or Transformer Engine that is operations for each gradient.
+        "--clip-grad": 1e6,
         "--train-iters": 1000,
         "--lr-warmup-iters": 0,
         "--log-interval": WARM_UP + 2,
@@ -100,7 +121,8 @@ def flags(arguments: Namespace, scratch: Path) -> list[str]:
         "--loss-chunk-size": chunk // arguments.scale,
     }
     words = [str(word) for pair in options.items() for word in pair]
-    return [*words, "--mock-data", "--use-distributed-optimizer"]
+    words += LAYERS[arguments.transformer_impl]
+    return [*words, *OPTIMIZERS[arguments.optimizer], "--mock-data", "--use-distributed-optimizer"]
 
 
 def start(arguments: Namespace, scratch: Path) -> Namespace:
@@ -109,6 +131,9 @@ def start(arguments: Namespace, scratch: Path) -> Namespace:
     os.environ |= {"RANK": last, "LOCAL_RANK": last, "WORLD_SIZE": str(RANKS)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+    if arguments.transformer_impl == TRANSFORMER_ENGINE:
+        load_transformer_engine()
 
     from megatron_trinity.upstream import adapt_megatron
 
@@ -134,111 +159,35 @@ def start(arguments: Namespace, scratch: Path) -> Namespace:
     return args
 
 
-class Side:
-    """A model, its optimizer and the steps that Megatron's loop takes with them."""
+def load_transformer_engine() -> None:
+    """Its Python modules, over the emulation of the tests.
 
-    def __init__(
-        self, args: Namespace, model_config: Any, forward_step: Callable[..., Any]
-    ) -> None:
-        from megatron.core.distributed import finalize_model_grads
-        from megatron.core.enums import ModelType
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-        from megatron.core.process_groups_config import ProcessGroupCollection
-        from megatron.core.utils import get_model_config, unwrap_model
-        from megatron.training import get_timers, training
-
-        from megatron_trinity.planning.costs.layers import watch_layers
-        from megatron_trinity.planning.costs.places import Places
-        from megatron_trinity.training.optimizer import container_from_args
-
-        self._args = args
-        self.model, self._optimizer, self._scheduler = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder,
-            cfg_container=container_from_args(args, model_config),
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
-        self._schedule = get_forward_backward_func()
-        self._forward_step = forward_step
-        self._totals: dict[str, Any] = {}
-        self._places = Places(BEHIND)
-        self._config = get_model_config(self.model[0])
-        self._config.grad_scale_func = self._optimizer.scale_loss
-        self._config.timers = get_timers()
-        self._config.finalize_model_grads_func = self._within(GRADIENTS, finalize_model_grads)
-        for owner, name, part in (
-            (self._optimizer, "step", OPTIMIZER),
-            (self._optimizer, "zero_grad", GRADIENTS),
-            (self.model[0], "zero_grad_buffer", GRADIENTS),
-        ):
-            setattr(owner, name, self._within(part, getattr(owner, name)))
-        # What torch takes on a GPU; on a CPU it goes through the parameters one by one.
-        for group in self._optimizer.param_groups:
-            group["foreach"] = not group.get("fused")
-        self.model[0].train()
-        self._inner = unwrap_model(self.model[0])
-        self.parts = watch_layers(self._inner, self._places)
-
-    def step(self, batch: Mapping[str, Any], iteration: int) -> None:
-        """One step, from 1, with its line in the log where one is due."""
-        from megatron.core.rerun_state_machine import RerunDataIterator
-        from megatron.training import training
-
-        args = self._args
-        args.curr_iteration = iteration - 1
-        losses, skipped, _, _, _, norm, zeros, _ = training.train_step(
-            self._forward,
-            RerunDataIterator(iter([batch])),
-            self.model,
-            self._optimizer,
-            self._scheduler,
-            self._config,
-            self._schedule,
-            iteration=args.curr_iteration,
-        )
-        rate = self._optimizer.param_groups[0]["lr"]
-        training.training_log(
-            losses, self._totals, rate, iteration, 1.0, False, skipped, norm, None, zeros, 0
-        )
-        if skipped:
-            raise RuntimeError("a step was not applied, so it is not one to count")
-
-    def counted(self, batch: Mapping[str, Any], iteration: int) -> Counts:
-        """The same, counted."""
-        from megatron_trinity.planning.costs.step import count_step
-
-        left_out = [*self._inner.parameters(), *self._inner.buffers()]
-        return count_step(lambda: self.step(batch, iteration), self._places, left_out)
-
-    def _forward(self, *args: Any) -> Any:
-        """The forward step and its loss; a micro-batch begins with what is ahead of the layers."""
-        self._places.enter(EMBEDDING)
-        output, loss = self._forward_step(*args)
-        self._places.leave()
-        return output, self._within(HEAD, loss)
-
-    def _within(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def labelled(*args: Any, **kwargs: Any) -> Any:
-            with self._places.part(part):
-                return function(*args, **kwargs)
-
-        return labelled
+    Raises:
+        TrinityError: there is no environment with it.
+    """
+    packages = next(ROOT.glob(".venv-te/lib/python*/site-packages"), None)
+    if packages is None:
+        raise TrinityError("there is no .venv-te yet: bash tests/run.sh -m te makes it")
+    os.environ["TRINITY_TEST_TE_PACKAGES"] = str(packages)
+    sys.path.insert(0, str(ROOT))
+    importlib.import_module("tests.transformer_engine.worker").load_emulated()
 
 
 def our_side(args: Namespace) -> Side:
     from megatron_trinity.model.config import model_config_from_args
+    from megatron_trinity.planning.costs.side import Side
     from megatron_trinity.training.flops import StepFlops
     from megatron_trinity.training.forward_step import forward_step
     from megatron_trinity.training.micro_batches import MicroBatchRecord
     from megatron_trinity.training.observer import StepObserver
-    from megatron_trinity.training.optimizer import set_up_optimizer
+    from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
     from megatron_trinity.upstream.training_hooks import set_training_hooks
 
     record, flops = MicroBatchRecord(), StepFlops(args)
     set_training_hooks(StepObserver(args, record, flops))
     set_up_optimizer(args)
-    return Side(
-        args, model_config_from_args(args), partial(forward_step, record=record, flops=flops)
-    )
+    container = container_from_args(args, model_config_from_args(args))
+    return Side(args, container, partial(forward_step, record=record, flops=flops))
 
 
 def megatron_side(args: Namespace) -> Side:
@@ -247,15 +196,44 @@ def megatron_side(args: Namespace) -> Side:
     from megatron.training.argument_utils import (
         core_transformer_config_from_args,
         gpt_config_from_args,
+        pretrain_cfg_container_from_args,
     )
 
+    from megatron_trinity.planning.costs.side import Side
+    from megatron_trinity.upstream.optimizer_factory import set_optimizer_factory
     from megatron_trinity.upstream.training_hooks import set_training_hooks
 
     set_training_hooks(None)
+    # Its default; "duplicated", the trainer's, gathers each matrix over the one tensor rank.
+    args.muon_tp_mode = "blockwise"
     config = core_transformer_config_from_args(args, TransformerConfig)
     model_config = gpt_config_from_args(args, config=config)
-    model_config.transformer_layer_spec = lambda _: get_gpt_decoder_block_spec(config, False)
-    return Side(args, model_config, megatron_forward_step)
+    model_config.transformer_layer_spec = lambda _: get_gpt_decoder_block_spec(
+        config, args.transformer_impl == TRANSFORMER_ENGINE
+    )
+    container = pretrain_cfg_container_from_args(args, model_config)
+    set_optimizer_factory(None)
+    if args.optimizer == "muon":
+        share_out_matrices(args, container)
+    return Side(args, container, megatron_forward_step)
+
+
+def share_out_matrices(args: Namespace, container: Any) -> None:
+    """What `wrap_model_chunks_with_ddp` of megatron-core does for its own sharded Muon."""
+    from megatron.core.optimizer.layer_wise_optimizer import (
+        LayerWiseDistributedOptimizer,
+        tag_params_for_buffer_routing,
+    )
+
+    from megatron_trinity.upstream.parameter_layout import set_parameter_layout
+
+    def tagged(chunks: Any) -> Any:
+        tag_params_for_buffer_routing(chunks)
+        return chunks
+
+    container.ddp.use_distributed_optimizer = True
+    container.model.pre_wrap_hooks.append(tagged)
+    set_parameter_layout(LayerWiseDistributedOptimizer.compute_full_param_layout)
 
 
 def megatron_forward_step(data_iterator: Iterator[Any], model: Any) -> Any:
@@ -308,7 +286,11 @@ def figures_of(result: Result) -> dict[tuple[str, str], float]:
     found["launches", "routed experts of a layer"] = step.launches[experts] / per_moe
     for part in (EMBEDDING, HEAD, GRADIENTS, OPTIMIZER, BEHIND):
         found["launches", part] = step.launches[part]
+    products = step.products[OPTIMIZER]
+    found["launches", "optimizer, beside products"] = step.launches[OPTIMIZER] - products
     found["launches", "step"] = step.launches.total()
+    for part in (GRADIENTS, OPTIMIZER):
+        found["collectives", part] = step.calls[part]
     waits = "host syncs"
     found[waits, KINDS[0]] = synced(step, {KINDS[0]}) / parts[KINDS[0]]
     found[waits, moe] = synced(step, {moe, experts}) / per_moe
@@ -351,7 +333,7 @@ def show(found: Mapping[str, Result], figures: Sequence[Row]) -> None:
     for row in figures:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         table.add_row(row["case"], f"{row['ours']:.4g}", f"{row['peer']:.4g}", ratio)
-    console = Console(width=120)
+    console = Console(width=150)
     console.print(table)
     for name, result in found.items():
         table = Table("where", "what", "part of the step", "times", "with a line", title=name)
@@ -372,6 +354,10 @@ def main() -> None:
         from megatron_trinity.planning.costs.gpu_paths import take_gpu_paths
 
         take_gpu_paths()
+        if args.transformer_impl == TRANSFORMER_ENGINE:
+            from megatron_trinity.planning.costs.transformer_engine import count_extension
+
+            count_extension()
         for name, make in sides.items():
             found[name] = count(args, make(args))
         get_tensorboard_writer().close()
@@ -384,8 +370,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("--layers", type=int, default=8, help="default %(default)s")
     parser.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="adam", help="default %(default)s"
+    )
+    parser.add_argument(
         "--scale", type=int, default=8, help="what sizes are divided by (default %(default)s)"
     )
+    parser.add_argument("--transformer-impl", choices=LAYERS, default="local", help="of both sides")
     add_json_argument(parser)
     parser.add_argument("--quick", action="store_true", help="4 layers, --scale 16")
     arguments = parser.parse_args(argv)

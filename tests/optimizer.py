@@ -118,6 +118,9 @@ def build_adam(flags: Sequence[str], weights: Mapping[str, Tensor]) -> tuple[Any
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.training.training import get_megatron_optimizer_config
 
+    from megatron_trinity.upstream.parameter_layout import set_parameter_layout
+
+    set_parameter_layout(None)  # a run with Muon in these processes may have left its own
     args = parse(config(), [*ADAM_FLAGS, *flags])
     model = _build_model(args, weights)
     ddp = DistributedDataParallelConfig(

@@ -28,6 +28,7 @@ def flags_of(data: Path, *flags: str) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 def test_neither_length_nor_layout_changes_what_is_read(
     ranks: RankPools, described: Path, tmp_path: Path
 ) -> None:

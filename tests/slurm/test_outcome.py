@@ -10,7 +10,7 @@ from tests.paths import ROOT
 
 
 def outcome(words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    script = f"source {ROOT}/scripts/outcome.sh; {words}"
+    script = f"source '{ROOT}/scripts/outcome.sh'; {words}"
     given = {"PATH": "/usr/bin:/bin", **more}
     return subprocess.run(["bash", "-c", script], env=given, capture_output=True, text=True)
 

@@ -42,12 +42,14 @@ def rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float | None = None) ->
     return result
 
 
-def _forward(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def norm_forward(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm in one launch: its result, and 1/rms `[..., 1]`."""
     r = x.float().square().mean(-1, keepdim=True).add(eps).rsqrt()
     return (x.float() * r * gain.float()).to(x.dtype), r
 
 
-def _backward(g: Tensor, x: Tensor, gain: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+def norm_backward(g: Tensor, x: Tensor, gain: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `x` and the gain, in one launch."""
     product = g.float() * x.float()
     of_gain = (product * r).flatten(0, -2).sum(0)
     mean = (product * gain.float()).mean(-1, keepdim=True)
@@ -55,21 +57,21 @@ def _backward(g: Tensor, x: Tensor, gain: Tensor, r: Tensor) -> tuple[Tensor, Te
     return of_x.to(x.dtype), of_gain.to(gain.dtype)
 
 
-_forward = one_launch("_fused_rms_norm", _forward)
-_backward = one_launch("_fused_rms_norm_backward", _backward)
+norm_forward = one_launch("_fused_rms_norm", norm_forward)
+norm_backward = one_launch("_fused_rms_norm_backward", norm_backward)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         y: Tensor
-        y, r = _forward(x, gain, eps)
+        y, r = norm_forward(x, gain, eps)
         ctx.save_for_backward(x, gain, r)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return *_backward(gradient, *ctx.saved_tensors), None
+        return *norm_backward(gradient, *ctx.saved_tensors), None
 
 
 class _TrinityNorm(torch.autograd.Function):
@@ -77,14 +79,14 @@ class _TrinityNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, gain: Tensor, eps: float) -> Tensor:
-        y, r = _forward(hidden.float(), gain, eps)
+        y, r = norm_forward(hidden.float(), gain, eps)
         ctx.save_for_backward(hidden, gain, r)
         return y.to(hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         hidden, gain, r = ctx.saved_tensors
-        of_x, of_gain = _backward(gradient.float(), hidden.float(), gain, r)
+        of_x, of_gain = norm_backward(gradient.float(), hidden.float(), gain, r)
         return of_x.to(hidden.dtype), of_gain, None
 
 

@@ -27,6 +27,9 @@ READS = {
 MAKES = {"tensor", "as_tensor", "new_tensor"}
 """Functions that copy values of the host to a device, from memory that is not pinned."""
 
+HOST = "cpu"
+"""Where a value is asked to stay by name; the current device, here a CPU as well, has no name."""
+
 _NOT_HERE = ("/megatron_trinity/planning/costs/", "/megatron_trinity/upstream/cpu/")
 _OPTIMIZER_OF_TORCH = "/torch/optim/"
 _ROOTS = ("/megatron_trinity/", "/megatron/", "/benchmarks/", "/tests/")
@@ -93,7 +96,7 @@ class HostSyncs(TorchFunctionMode):
             # A list of tensors is read one by one.
             read = () if name == "new_tensor" else tree_leaves(args[0])
             numbers = sum(isinstance(leaf, Tensor) and not on_host(leaf) for leaf in read)
-            return numbers + (copied or kwargs.get("device") is not None)
+            return numbers + (copied or kwargs.get("device") not in (None, HOST))
         if on_host(args, kwargs):
             return False
         if name == "repeat_interleave":
@@ -136,7 +139,8 @@ def _index_waits(index: Any) -> bool:
 
 def _stays_on_host(name: str, args: Any, kwargs: Any, out: Any) -> bool:
     """Whether a tensor was made of no other one and on no device."""
-    if not isinstance(out, Tensor) or kwargs.get("device") is not None or name.startswith("_"):
+    on_device = kwargs.get("device") not in (None, HOST)
+    if not isinstance(out, Tensor) or on_device or name.startswith("_"):
         return False
     return not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
 

@@ -43,6 +43,9 @@ COLLECTIVES = {
 }
 """torch's name of an operation, to that of the collective."""
 
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_grouped_mm", "grouped_mm"}
+"""Operations that are products of matrices."""
+
 _SENT = {"all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 """Number of the argument that is sent, where it is not the first."""
 
@@ -54,6 +57,7 @@ class OperationCounter(TorchDispatchMode):
         launches: by part and operation.
         collectives: by part and kind, bytes that a rank puts in: an all-to-all's include its own
             part, a reduce-scatter's are those of the whole.
+        calls: by part, collectives.
     """
 
     def __init__(self, places: Places) -> None:
@@ -61,6 +65,7 @@ class OperationCounter(TorchDispatchMode):
         self._places = places
         self.launches: Counter[tuple[str, str]] = Counter()
         self.collectives: Counter[tuple[str, str]] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -70,7 +75,7 @@ class OperationCounter(TorchDispatchMode):
         if namespace == "c10d":
             self._collective(name, args)
             if name == "alltoall_base_":
-                _fill(args[0], args[1])
+                args = _filled(*args)
         elif name not in FREE and not function.is_view and not on_host(args, kwargs):
             self.launched(name)
         out = function(*args, **kwargs)
@@ -78,9 +83,9 @@ class OperationCounter(TorchDispatchMode):
             mark_on_host(out)
         return out
 
-    def launched(self, name: str) -> None:
-        """Count one."""
-        self.launches[self._places.now(), name] += 1
+    def launched(self, name: str, number: int = 1) -> None:
+        """Count some."""
+        self.launches[self._places.now(), name] += number
 
     def _collective(self, name: str, args: Any) -> None:
         kind = COLLECTIVES.get(name)
@@ -89,6 +94,7 @@ class OperationCounter(TorchDispatchMode):
         sent = tree_leaves(args[_SENT.get(kind, 0)])
         size = sum(tensor.nbytes for tensor in sent if isinstance(tensor, Tensor))
         self.collectives[self._places.now(), kind] += size
+        self.calls[self._places.now()] += 1
 
     def __enter__(self) -> OperationCounter:
         _active.append(self)
@@ -103,13 +109,18 @@ class OperationCounter(TorchDispatchMode):
 _active: list[OperationCounter] = []
 
 
-def one_launch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which is one kernel on a GPU and several operations here."""
+def one_launch(
+    name: str, function: Callable[..., Any], number: Callable[..., int] | None = None
+) -> Callable[..., Any]:
+    """`function`, which is one kernel on a GPU and several operations here.
+
+    Args: number: how many kernels it is, from its arguments, if it is not one.
+    """
 
     @functools.wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:
         for counter in _active:
-            counter.launched(name)
+            counter.launched(name, number(*args, **kwargs) if number else 1)
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             return function(*args, **kwargs)
 
@@ -144,7 +155,15 @@ def on_host(*values: Any) -> bool:
     return bool(tensors) and all(t.untyped_storage()._cdata in _host for t in tensors)
 
 
-def _fill(received: Tensor, sent: Tensor) -> None:
-    """Ranks that are not there send what this one sends, over and over."""
+def _filled(
+    received: Tensor, sent: Tensor, group: Any, received_counts: Any, sent_counts: Any, *rest: Any
+) -> tuple[Any, ...]:
+    """Ranks that are not there send what this one sends, over and over.
+
+    Returns: the arguments of the call; a group of fake ranks takes none that sends nothing.
+    """
     rows = torch.arange(len(received)) % max(len(sent), 1)
     received.copy_(sent[rows] if len(sent) else torch.zeros_like(received))
+    if not len(sent):
+        sent, sent_counts = received.clone(), received_counts
+    return received, sent, group, received_counts, sent_counts, *rest

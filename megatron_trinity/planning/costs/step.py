@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_trinity.planning.costs.host_syncs import HostSync, HostSyncs
 from megatron_trinity.planning.costs.kept import KeptBytes
-from megatron_trinity.planning.costs.operations import OperationCounter
+from megatron_trinity.planning.costs.operations import PRODUCTS, OperationCounter
 from megatron_trinity.planning.costs.places import Places
 
 
@@ -20,13 +20,17 @@ class Counts:
 
     Attributes:
         launches: by part.
+        products: those of them that are products of matrices, by part.
         collectives: bytes by kind.
+        calls: collectives, by part.
         syncs: by place.
         kept: bytes for the backward pass, by part.
     """
 
     launches: Counter[str]
+    products: Counter[str]
     collectives: Counter[str]
+    calls: Counter[str]
     syncs: Counter[HostSync]
     kept: Counter[str]
 
@@ -38,9 +42,11 @@ def count_step(step: Callable[[], object], places: Places, left_out: Iterable[Te
     with kept, operations, syncs:
         step()
     launches: Counter[str] = Counter()
-    for (part, _), number in operations.launches.items():
+    products: Counter[str] = Counter()
+    for (part, name), number in operations.launches.items():
         launches[part] += number
+        products[part] += number * (name in PRODUCTS)
     collectives: Counter[str] = Counter()
     for (_, kind), size in operations.collectives.items():
         collectives[kind] += size
-    return Counts(launches, collectives, syncs.found, kept.kept)
+    return Counts(launches, products, collectives, operations.calls, syncs.found, kept.kept)

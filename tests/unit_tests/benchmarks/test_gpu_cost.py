@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,8 @@ def result(layer: int) -> Result:
         {HostSync("a.py:1", "item", KINDS[1]): 3, HostSync("b.py:1", "cpu", OPTIMIZER): 1}
     )
     kept = Counter({KINDS[1]: 3 * 2**20, KINDS[1] + EXPERTS: 6 * 2**20})
-    counts = Counts(launches, Counter(all_reduce=2**19), syncs, kept)
+    launches[OPTIMIZER], products, calls = 40, Counter({OPTIMIZER: 30}), Counter({OPTIMIZER: 2})
+    counts = Counts(launches, products, Counter(all_reduce=2**19), calls, syncs, kept)
     return Result(PARTS, counts, counts)
 
 
@@ -37,7 +39,9 @@ def test_figures_of_a_layer_are_means_over_its_kind() -> None:
     assert (dense["ours"], dense["peer"], dense["ratio"]) == (10, 20, 2.0)
     assert found["MoE layer, local, launches"]["ours"] == 30
     assert found["routed experts of a layer, launches"]["ours"] == 10
-    assert found["step, launches"]["ours"] == 115
+    assert found["step, launches"]["ours"] == 155
+    assert found["optimizer, beside products, launches"]["ours"] == 10
+    assert found["optimizer, collectives"]["ours"] == 2
     assert found["MoE layer, local, host syncs"]["ours"] == 1
     assert found["optimizer, host syncs"]["ours"] == 1
     assert found["MoE layer, local, MiB kept"]["ours"] == 3
@@ -50,14 +54,40 @@ def test_sizes_that_do_not_divide_are_refused(words: tuple[str, ...]) -> None:
         parse_arguments(words)
 
 
+def counted(tmp_path: Path, *words: str) -> dict[str, Any]:
+    """The rows of a small run by their cases."""
+    file = tmp_path / "rows.json"
+    command = [sys.executable, "benchmarks/gpu_cost.py", "--quick", "--json", str(file), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return {row["case"]: row for row in json.loads(file.read_text())}
+
+
+@pytest.mark.slow
+def test_what_muon_costs(tmp_path: Path) -> None:
+    found = counted(tmp_path, "--optimizer", "muon")
+    assert found["optimizer, beside products, launches"]["ratio"] > 3
+    assert found["optimizer, host syncs"]["ours"] == 1
+    # Bytes of gradients and weights, those of matrices on a border among them.
+    for kind in ("reduce_scatter", "all_gather"):
+        assert found[f"{kind}, MiB sent"]["ratio"] > 0.95
+
+
+@pytest.mark.te
+def test_layers_of_transformer_engine(tmp_path: Path) -> None:
+    found = counted(tmp_path, "--transformer-impl", "transformer_engine")
+    assert found["MoE layer, local, host syncs"]["ours"] == 1
+    assert found["optimizer, host syncs"]["ours"] == 1
+    # A product for each expert that has tokens, forward, and two of each backward, on both sides.
+    assert found["routed experts of a layer, launches"]["ratio"] > 0.9
+    # Two norms more.
+    assert found["MoE layer, local, MiB kept"]["ratio"] > 0.9
+
+
 @pytest.mark.slow
 def test_what_a_step_costs(tmp_path: Path) -> None:
     """The targets that hold; a change that adds a host sync fails here."""
-    file = tmp_path / "rows.json"
-    command = [sys.executable, "benchmarks/gpu_cost.py", "--quick", "--json", str(file)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-    found = {row["case"]: row for row in json.loads(file.read_text())}
+    found = counted(tmp_path)
     syncs = {case: row["ours"] for case, row in found.items() if case.endswith("host syncs")}
     assert syncs["dense layer, host syncs"] == 0
     assert syncs["MoE layer, local, host syncs"] == 1  # the dispatcher's

@@ -124,6 +124,7 @@ DOES_NOT_WAIT = {
     "an index": lambda: X[torch.argsort(X)],
     "a masked fill": lambda: torch.where(MASK, X, 0.0).masked_fill(MASK, 1.0),
     "a known number": lambda: torch.repeat_interleave(X, 2),
+    "what is to be on the host": lambda: torch.tensor([2, 3], device="cpu").tolist(),
     "what is made on the host": lambda: (torch.tensor([2.0]) + torch.zeros(1)).item(),
     "what came to the host": lambda: mark_on_host(X.clone())[1:].view(3).tolist(),
 }
@@ -168,9 +169,10 @@ def sent(rank: int, world_size: int) -> dict[str, int]:
         dist.broadcast(x[:2], 0)
         dist.all_gather([torch.empty(8) for _ in range(world_size)], x)
         dist.barrier()
-    return {kind: size for (_, kind), size in counter.collectives.items()}
+    sizes = {kind: size for (_, kind), size in counter.collectives.items()}
+    return {**sizes, "calls": counter.calls["all"]}
 
 
 def test_bytes_that_a_rank_puts_in(ranks: RankPools) -> None:
-    expected = {"all_reduce": 32, "broadcast": 8, "all_gather": 32}
+    expected = {"all_reduce": 32, "broadcast": 8, "all_gather": 32, "calls": 3}
     assert ranks.run(sent, world_size=2) == [expected] * 2

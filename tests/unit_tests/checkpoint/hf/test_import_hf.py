@@ -72,9 +72,9 @@ def logits_of_import(
     from megatron.core import dist_checkpointing
 
     model = build(parse(afmoe_config(**overrides)))
-    model.load_state_dict(
-        dist_checkpointing.load(model.sharded_state_dict(), str(save / "release")), strict=False
-    )
+    state = model.sharded_state_dict()
+    loaded = dist_checkpointing.load(state, str(save / "release"))  # with arguments and the like
+    model.load_state_dict({key: loaded[key] for key in state}, strict=False)
     with torch.no_grad():
         out: Tensor = model.eval()(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
     return out
