@@ -1,19 +1,18 @@
 """How fast is data prepared, against a plain loop over `encode_batch_fast`, and does it scale?
 
-CPU seconds of JSON lines to an indexed dataset, alternating in one process: ours parses, checks,
-assigns splits, encodes, counts and writes datasets with their checksums; the loop parses, encodes a
-thousand lines a call and writes ids. Both have one thread; what starting takes is a
-row of its own. Then seconds and CPU seconds with more workers.
+CPU seconds of one core on JSON lines, alternating a megabyte at a time, the least of all
+repetitions for each. Ours parses, checks, assigns splits, encodes and puts datasets together; the
+loop parses, encodes, and makes an array of each document's ids. Then the whole command, from its
+start to the datasets with their checksums, with more and more workers.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +25,6 @@ from megatron_trinity.errors import run_command
 EXAMPLE = """example:
   python benchmarks/prepare.py --megabytes 50 --vocab-size 200000
 """
-LINES_OF_A_CALL = 1000
 PIECE = 4000  # characters of a document: about what a page of the web has
 
 
@@ -68,33 +66,6 @@ def ours(corpus: Path, tokenizer: Path, output: Path, workers: int = 1) -> int:
     return sum(int(split["tokens"]) for split in made["splits"].values())
 
 
-def peer(corpus: Path, tokenizer: Path, output: Path) -> int:
-    """The plain loop; the tokens, with one more for each document's end."""
-    import numpy as np
-    from tokenizers import Tokenizer
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    model = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    tokens = 0
-    with open(corpus, encoding="utf-8") as lines, open(f"{output}.bin", "wb") as out:
-        for batch in _batches(lines):
-            for encoding in model.encode_batch_fast(batch, add_special_tokens=False):
-                np.array(encoding.ids, dtype=np.int32).tofile(out)
-                tokens += len(encoding.ids) + 1
-    return tokens
-
-
-def _batches(lines: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for line in lines:
-        batch.append(json.loads(line)["text"])
-        if len(batch) == LINES_OF_A_CALL:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def cpu_seconds() -> float:
     """Of this process and of those that it has waited for."""
     times = os.times()
@@ -109,34 +80,45 @@ def measured(work: Callable[[], int]) -> tuple[float, float, int]:
 
 
 def compare(place: Path, corpus: Path, size: int, repetitions: int) -> list[Row]:
-    """CPU seconds of one worker, without those of the first 200 lines, which are of starting."""
-    first = place / "first.jsonl"
-    with open(corpus, encoding="utf-8") as lines:
-        first.write_text("".join(itertools.islice(lines, 200)), encoding="utf-8")
-    first_size = int(size * first.stat().st_size / corpus.stat().st_size)
-    tokenizer = place / "tokenizer"
-    taken: dict[str, list[float]] = {"ours": [], "peer": []}
-    start: dict[str, list[float]] = {"ours": [], "peer": []}
+    """Both ways of each chunk, one behind the other."""
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    from megatron_trinity.data.chunks import Chunk, chunks_of
+    from megatron_trinity.data.documents import SkipReport
+    from megatron_trinity.data.encode import ChunkEncoder, Encoding
+    from megatron_trinity.data.listing import source_files
+    from megatron_trinity.data.token_model import load_tokenizer
+
+    tokenizer = load_tokenizer(place / "tokenizer")
+    encoder = ChunkEncoder(Encoding(tokenizer, "text", 0.05, append_eod=False))
+    model = Tokenizer.from_file(str(place / "tokenizer" / "tokenizer.json"))
+
+    def ours(chunk: Chunk) -> int:
+        return sum(len(found.ids) for found in encoder.encode(chunk).splits.values())
+
+    def peer(chunk: Chunk) -> int:
+        texts = [json.loads(line)["text"] for line in chunk.lines.splitlines()]
+        found = model.encode_batch_fast(texts, add_special_tokens=False)
+        return sum(len(np.array(one.ids, dtype=np.int32)) for one in found)
+
+    least: dict[tuple[str, int], float] = {}
     for _ in range(repetitions):
-        for source, into in ((corpus, taken), (first, start)):
-            mine, _, tokens = measured(lambda: ours(source, tokenizer, place / "ours"))  # noqa: B023
-            its, _, expected = measured(lambda: peer(source, tokenizer, place / "peer"))  # noqa: B023
-            if tokens != expected:
-                raise AssertionError(f"ours has {tokens} tokens, the plain loop {expected}")
-            into["ours"].append(mine)
-            into["peer"].append(its)
-    # The least disturbed one of each: neighbours on a busy machine only ever add.
-    of_start = {kind: min(seconds) for kind, seconds in start.items()}
-    mega = size / 1e6
-    rates = {
-        kind: (size - first_size) / 1e6 / (min(seconds) - of_start[kind])
-        for kind, seconds in taken.items()
-    }
-    case = f"{mega:.0f} MB, one worker"
-    return [
-        make_row(case, rates["ours"], rates["peer"], "MB/CPU s", more_is_better=True),
-        make_row("to start", of_start["ours"], of_start["peer"], "CPU s"),
-    ]
+        files = source_files([str(corpus)], "**/*", SkipReport())
+        for number, chunk in enumerate(chunks_of(files, "text")):
+            tokens = set()
+            for kind, work in (("ours", ours), ("peer", peer)):
+                began = time.thread_time()
+                tokens.add(work(chunk))
+                taken = time.thread_time() - began
+                least[kind, number] = min(taken, least.get((kind, number), taken))
+            if len(tokens) != 1:
+                raise AssertionError(f"ours and the plain loop have {tokens} tokens")
+    mine, its = (
+        size / 1e6 / sum(taken for (of, _), taken in least.items() if of == kind)
+        for kind in ("ours", "peer")
+    )
+    return [make_row(f"{size / 1e6:.0f} MB, one core", mine, its, "MB/CPU s", more_is_better=True)]
 
 
 def scale(place: Path, corpus: Path, size: int, workers: list[int]) -> list[Row]:
