@@ -25,7 +25,7 @@ from megatron_trinity.errors import TrinityError
 
 MAX_DOCUMENT_TOKENS = 2**31 - 1  # Megatron's index has a sequence's length as int32
 
-_CHARACTERS_OF_A_CALL = 1 << 19  # what is kept of each character until then is up to 350 bytes
+_CHARACTERS_OF_A_CALL = 1 << 20  # what is kept of each character until then is up to 350 bytes
 _CHUNKS_AHEAD = 4  # per worker: enough to keep them busy, little enough to bound the memory
 _BYTES_AHEAD = 1 << 27  # of all chunks that wait: some hold one long document
 
@@ -99,11 +99,11 @@ class ChunkEncoder:
         batch: list[Document] = []
         characters = 0
         for document in found:
-            batch.append(document)
-            characters += len(document.text)
-            if characters >= _CHARACTERS_OF_A_CALL:
+            if characters + len(document.text) > _CHARACTERS_OF_A_CALL:
                 yield from self._together(batch)
                 batch, characters = [], 0
+            batch.append(document)
+            characters += len(document.text)
         yield from self._together(batch)
 
     def _together(self, batch: list[Document]) -> Iterator[tuple[Document, Ids | None]]:
