@@ -82,13 +82,13 @@ class StepObserver:
         self._interval: list[Mapping[str, float]] = []
         self._rates: Mapping[str, float] = {}
 
-    def step_begins(self, iteration: int, optimizer: Any) -> None:
+    def step_begins(self, optimizer: Any) -> None:
         """Tell those who watch."""
         self._spikes.begins(optimizer)
         if self._leaving is not None:
             self._leaving.step_begins()
         if self._watch is not None:
-            self._watch.step_begins(iteration)
+            self._watch.step_begins(self._iteration)
 
     def step_restarted(self, model: Sequence[Any]) -> None:
         """Forget what the first try has counted."""
@@ -186,7 +186,7 @@ class StepObserver:
 
     @property
     def _iteration(self) -> int:
-        """Number of the step that has just ended, from 1."""
+        """Number of the step that is under way, or has just ended, from 1."""
         return int(self._args.curr_iteration) + 1
 
     def _read(

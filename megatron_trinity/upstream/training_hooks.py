@@ -62,8 +62,8 @@ class StepOutcome:
 class TrainingHooks(Protocol):
     """What the training loop calls, on every rank."""
 
-    def step_begins(self, iteration: int, optimizer: Any) -> None:
-        """Before the `iteration`-th step, counted from 1."""
+    def step_begins(self, optimizer: Any) -> None:
+        """Before each step."""
 
     def step_restarted(self, model: Sequence[Any]) -> None:
         """Before a step is run again, which takes the same samples as the first time."""
@@ -138,7 +138,7 @@ def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
         call = (forward_step_func, data_iterator, model, optimizer, *args)
         if _hooks is None:
             return train_step(*call, **kwargs)
-        _hooks.step_begins(kwargs["iteration"] + 1, optimizer)
+        _hooks.step_begins(optimizer)
         rejected = None
         with calling_on_rerun(partial(_hooks.step_restarted, model)):
             try:
