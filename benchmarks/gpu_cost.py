@@ -23,17 +23,17 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
+from megatron_trinity.command_line.sides import megatron_cores, random_batches, trainers
 from megatron_trinity.errors import TrinityError, UsageError, run_command
 from megatron_trinity.planning.costs.parts import (
     BEHIND,
@@ -173,106 +173,11 @@ def load_transformer_engine() -> None:
     importlib.import_module("tests.transformer_engine.worker").load_emulated()
 
 
-def our_side(args: Namespace) -> Side:
-    from megatron_trinity.model.config import model_config_from_args
-    from megatron_trinity.planning.costs.side import Side
-    from megatron_trinity.training.flops import StepFlops
-    from megatron_trinity.training.forward_step import forward_step
-    from megatron_trinity.training.micro_batches import MicroBatchRecord
-    from megatron_trinity.training.observer import StepObserver
-    from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
-    from megatron_trinity.upstream.training_hooks import set_training_hooks
-
-    record, flops = MicroBatchRecord(), StepFlops(args)
-    set_training_hooks(StepObserver(args, record, flops))
-    set_up_optimizer(args)
-    container = container_from_args(args, model_config_from_args(args))
-    return Side(args, container, partial(forward_step, record=record, flops=flops))
-
-
-def megatron_side(args: Namespace) -> Side:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.training.argument_utils import (
-        core_transformer_config_from_args,
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
-
-    from megatron_trinity.planning.costs.side import Side
-    from megatron_trinity.upstream.optimizer_factory import set_optimizer_factory
-    from megatron_trinity.upstream.training_hooks import set_training_hooks
-
-    set_training_hooks(None)
-    # Its default; "duplicated", the trainer's, gathers each matrix over the one tensor rank.
-    args.muon_tp_mode = "blockwise"
-    config = core_transformer_config_from_args(args, TransformerConfig)
-    model_config = gpt_config_from_args(args, config=config)
-    model_config.transformer_layer_spec = lambda _: get_gpt_decoder_block_spec(
-        config, args.transformer_impl == TRANSFORMER_ENGINE
-    )
-    container = pretrain_cfg_container_from_args(args, model_config)
-    set_optimizer_factory(None)
-    if args.optimizer == "muon":
-        share_out_matrices(args, container)
-    return Side(args, container, megatron_forward_step)
-
-
-def share_out_matrices(args: Namespace, container: Any) -> None:
-    """What `wrap_model_chunks_with_ddp` of megatron-core does for its own sharded Muon."""
-    from megatron.core.optimizer.layer_wise_optimizer import (
-        LayerWiseDistributedOptimizer,
-        tag_params_for_buffer_routing,
-    )
-
-    from megatron_trinity.upstream.parameter_layout import set_parameter_layout
-
-    def tagged(chunks: Any) -> Any:
-        tag_params_for_buffer_routing(chunks)
-        return chunks
-
-    container.ddp.use_distributed_optimizer = True
-    container.model.pre_wrap_hooks.append(tagged)
-    set_parameter_layout(LayerWiseDistributedOptimizer.compute_full_param_layout)
-
-
-def megatron_forward_step(data_iterator: Iterator[Any], model: Any) -> Any:
-    """As Megatron's `pretrain_gpt.py` has it."""
-    import torch
-
-    batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(data_iterator).items()}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-
-    def loss(output: Any) -> Any:
-        mask = batch["loss_mask"].view(-1).float()
-        total = torch.sum(output.view(-1).float() * mask)
-        tokens = mask.sum().clone().detach().to(torch.int)
-        report = torch.cat([total.clone().detach().view(1), tokens.view(1)])
-        return total, tokens, {"lm loss": report}
-
-    return output, loss
-
-
-def batch(args: Namespace) -> dict[str, Any]:
-    """A micro-batch of random tokens, in the form of the trainer's data loader."""
-    import torch
-
-    generator = torch.Generator().manual_seed(5)
-    length = args.seq_length
-    tokens = torch.randint(args.vocab_size, (1, length + 1), generator=generator)
-    return {
-        "tokens": tokens[:, :-1].contiguous(),
-        "labels": tokens[:, 1:].contiguous(),
-        "loss_mask": torch.ones(1, length),
-        "position_ids": torch.arange(length).unsqueeze(0),
-    }
-
-
 def count(args: Namespace, side: Side) -> Result:
     """Count a step, and one with a line in the log."""
-    data = batch(args)
+    data = next(random_batches(1, args.seq_length, args.vocab_size))
     # Those ahead of them as well: what they leave on the host is known to be there.
-    *_, step, logged = (side.counted(data, number + 1) for number in range(WARM_UP + 2))
+    *_, step, logged = (side.counted(data) for _ in range(WARM_UP + 2))
     return Result(side.parts, step, logged)
 
 
@@ -345,13 +250,14 @@ def show(found: Mapping[str, Result], figures: Sequence[Row]) -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    sides = {"ours": our_side, "megatron": megatron_side}
+    sides = {"ours": trainers, "megatron": megatron_cores}
     found = {}
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         args = start(arguments, Path(scratch))  # redirected, since Megatron says much
         from megatron.training import get_tensorboard_writer
 
         from megatron_trinity.planning.costs.gpu_paths import take_gpu_paths
+        from megatron_trinity.planning.costs.side import Side
 
         take_gpu_paths()
         if args.transformer_impl == TRANSFORMER_ENGINE:
@@ -359,7 +265,7 @@ def main() -> None:
 
             count_extension()
         for name, make in sides.items():
-            found[name] = count(args, make(args))
+            found[name] = count(args, Side(args, *make(args)))
         get_tensorboard_writer().close()
     figures = rows(found)
     show(found, figures)

@@ -19,7 +19,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +26,7 @@ from rich.table import Table
 
 from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
+from megatron_trinity.command_line.sides import random_batches, trainers
 from megatron_trinity.command_line.single_rank import single_rank_environment
 from megatron_trinity.errors import TrinityError, run_command
 
@@ -55,89 +55,27 @@ class Times:
     cpu: Sequence[float]  # of this process, all threads: neighbours disturb it less
 
 
-def batches(vocab_size: int) -> Iterator[Batch]:
-    """Endless micro-batches of random tokens, in the form of the trainer's data loader."""
-    import torch
-
-    generator = torch.Generator().manual_seed(5)
-    while True:
-        tokens = torch.randint(vocab_size, (MICRO_BATCH, SEQUENCE + 1), generator=generator)
-        yield {
-            "tokens": tokens[:, :-1].contiguous(),
-            "labels": tokens[:, 1:].contiguous(),
-            "loss_mask": torch.ones(MICRO_BATCH, SEQUENCE),
-            "position_ids": torch.arange(SEQUENCE).repeat(MICRO_BATCH, 1),
-        }
-
-
 class Ours:
     """The trainer, built as `megatron_trinity.training.pretrain` builds it, step by step."""
 
     def __init__(self) -> None:
-        from megatron.core.enums import ModelType
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-        from megatron.core.process_groups_config import ProcessGroupCollection
-        from megatron.training import training
-        from megatron.training.argument_utils import pretrain_cfg_container_from_args
         from megatron.training.global_vars import set_global_variables
         from megatron.training.initialize import initialize_megatron
 
         from megatron_trinity.arguments.parse import parse_arguments
-        from megatron_trinity.model.config import model_config_from_args
-        from megatron_trinity.training.flops import StepFlops
-        from megatron_trinity.training.micro_batches import MicroBatchRecord
-        from megatron_trinity.training.observer import StepObserver
+        from megatron_trinity.planning.steps import Steps
         from megatron_trinity.training.vocabulary import settle_vocabulary
-        from megatron_trinity.upstream.training_hooks import set_training_hooks
 
         self.args = parse_arguments(self._flags())
         set_global_variables(self.args)
         settle_vocabulary(self.args)
-        self._record = MicroBatchRecord()
-        set_training_hooks(StepObserver(self.args, self._record, StepFlops(self.args)))
         initialize_megatron()
-        container = pretrain_cfg_container_from_args(self.args, model_config_from_args(self.args))
-        self.model, self._optimizer, self._scheduler = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder,
-            cfg_container=container,
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
-        self._train_step = training.train_step
-        self._schedule = get_forward_backward_func()
-        self._config = self._wired_config()
-        self.args.curr_iteration = 0
+        self._steps = Steps(self.args, *trainers(self.args))
+        self.model = self._steps.model
 
     def step(self, batch: Batch) -> float:
-        from megatron.core.rerun_state_machine import RerunDataIterator
-
-        from megatron_trinity.training.forward_step import forward_step
-
-        losses, *_ = self._train_step(
-            partial(forward_step, record=self._record),
-            RerunDataIterator(iter([batch])),
-            self.model,
-            self._optimizer,
-            self._scheduler,
-            self._config,
-            self._schedule,
-            iteration=self.args.curr_iteration,
-        )
-        self.args.curr_iteration += 1
+        losses, *_ = self._steps.step(batch)
         return float(losses["lm loss"])
-
-    def _wired_config(self) -> Any:
-        """The model's config with what Megatron's loop puts into it before its first step."""
-        from megatron.core.distributed import finalize_model_grads
-        from megatron.core.utils import get_model_config
-        from megatron.training import get_timers
-
-        config = get_model_config(self.model[0])
-        config.grad_scale_func = self._optimizer.scale_loss
-        config.timers = get_timers()
-        config.finalize_model_grads_func = finalize_model_grads
-        for chunk in self.model:
-            chunk.train()
-        return config
 
     @staticmethod
     def _flags() -> list[str]:
@@ -300,7 +238,7 @@ def main() -> None:
     start_alone(arguments.threads)
     with contextlib.redirect_stdout(io.StringIO()):  # what Megatron says at its start
         ours = Ours()
-    data = batches(ours.args.vocab_size)
+    data = random_batches(MICRO_BATCH, SEQUENCE, ours.args.vocab_size)
     experts, peer = fastest_peer(ours, data)
     check_same_start(ours.step, peer.step, next(data))
     times = alternate({"ours": ours.step, "peer": peer.step}, data, arguments.steps)

@@ -13,123 +13,31 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from megatron_trinity.command_line.sides import Side, megatron_cores, random_batches, trainers
+
+if TYPE_CHECKING:
+    from megatron_trinity.planning.steps import Steps
 
 Batch = Mapping[str, Tensor]
 TOY = "--use-cpu-initialization"
 """Of the flags of a run at toy size: on a CPU it is the default, and changes nothing."""
 STEPS, WARM_UP = 10, 3
+TRANSFORMERS = "transformers"
 
 
-def batches(args: Namespace) -> Iterator[Batch]:
-    """Endless micro-batches of random tokens, in the form of the trainer's data loader."""
-    generator = torch.Generator().manual_seed(5 + int(os.environ["RANK"]))
-    shape = (args.micro_batch_size, args.seq_length + 1)
-    while True:
-        tokens = torch.randint(args.vocab_size, shape, generator=generator)
-        yield {
-            "tokens": tokens[:, :-1].contiguous(),
-            "labels": tokens[:, 1:].contiguous(),
-            "loss_mask": torch.ones(shape[0], args.seq_length),
-            "position_ids": torch.arange(args.seq_length).repeat(shape[0], 1),
-        }
+def steps(side: Callable[[Namespace], Side], args: Namespace) -> Steps:
+    """The steps of Megatron's loop on one side of a comparison."""
+    from megatron_trinity.planning.steps import Steps
 
-
-class MegatronSide:
-    """A model of megatron-core's kind, its optimizer and the steps of Megatron's loop."""
-
-    def __init__(self, args: Namespace, model_config: Any, forward_step: Callable[..., Any]):
-        from megatron.core.distributed import finalize_model_grads
-        from megatron.core.enums import ModelType
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-        from megatron.core.process_groups_config import ProcessGroupCollection
-        from megatron.core.utils import get_model_config
-        from megatron.training import get_timers, training
-
-        from megatron_trinity.training.optimizer import container_from_args
-
-        self._args, self._forward_step = args, forward_step
-        self.model, self.optimizer, self._scheduler = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder,
-            cfg_container=container_from_args(args, model_config),
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
-        self._schedule = get_forward_backward_func()
-        self._config = get_model_config(self.model[0])
-        self._config.grad_scale_func = self.optimizer.scale_loss
-        self._config.timers = get_timers()
-        self._config.finalize_model_grads_func = finalize_model_grads
-        for chunk in self.model:
-            chunk.train()
-        args.curr_iteration = 0
-
-    def step(self, batch: Batch) -> None:
-        from megatron.core.rerun_state_machine import RerunDataIterator
-        from megatron.training import training
-
-        training.train_step(
-            self._forward_step,
-            RerunDataIterator(iter([batch])),
-            self.model,
-            self.optimizer,
-            self._scheduler,
-            self._config,
-            self._schedule,
-            self._args.curr_iteration,
-        )
-        self._args.curr_iteration += 1
-
-
-def ours(args: Namespace) -> MegatronSide:
-    from megatron_trinity.model.config import model_config_from_args
-    from megatron_trinity.training.flops import StepFlops
-    from megatron_trinity.training.forward_step import forward_step
-    from megatron_trinity.training.micro_batches import MicroBatchRecord
-    from megatron_trinity.training.observer import StepObserver
-    from megatron_trinity.training.optimizer import set_up_optimizer
-    from megatron_trinity.upstream.training_hooks import set_training_hooks
-
-    record, flops = MicroBatchRecord(), StepFlops(args)
-    set_training_hooks(StepObserver(args, record, flops))
-    set_up_optimizer(args)
-    step = partial(forward_step, record=record, flops=flops)
-    return MegatronSide(args, model_config_from_args(args), step)
-
-
-def megatrons(args: Namespace) -> MegatronSide:
-    """Its GPTModel of the same shape, hence of equal FLOPs, with its own layers and loss."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.training.argument_utils import (
-        core_transformer_config_from_args,
-        gpt_config_from_args,
-    )
-
-    config = core_transformer_config_from_args(args, TransformerConfig)
-    model_config = gpt_config_from_args(args, config=config)
-    modules = args.transformer_impl == "transformer_engine"
-    model_config.transformer_layer_spec = lambda _: get_gpt_decoder_block_spec(config, modules)
-    return MegatronSide(args, model_config, megatrons_forward_step)
-
-
-def megatrons_forward_step(data_iterator: Iterator[Any], model: Any) -> Any:
-    batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(data_iterator).items()}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-
-    def loss(output: Tensor) -> Any:
-        mask = batch["loss_mask"].view(-1).float()
-        total = torch.sum(output.view(-1).float() * mask)
-        tokens = mask.sum().clone().detach().to(torch.int)
-        report = torch.cat([total.clone().detach().view(1), tokens.view(1)])
-        return total, tokens, {"lm loss": report}
-
-    return output, loss
+    return Steps(args, *side(args))
 
 
 class TransformersSide:
@@ -158,9 +66,9 @@ class TransformersSide:
 
 
 SIDES: dict[str, Callable[[Namespace], Any]] = {
-    "ours": ours,
-    "megatron-core": megatrons,
-    "transformers": TransformersSide,
+    "ours": partial(steps, trainers),
+    "megatron-core": partial(steps, megatron_cores),
+    TRANSFORMERS: TransformersSide,
 }
 
 
@@ -190,7 +98,8 @@ def start(flags: list[str], toy: bool) -> Namespace:
 
 def figures(args: Namespace, side: Any) -> dict[str, float]:
     """Seconds of a step and of its optimizer, bytes after steps and at their peak."""
-    data = batches(args)
+    seed = 5 + int(os.environ["RANK"])
+    data = random_batches(args.micro_batch_size, args.seq_length, args.vocab_size, seed)
     spent = timed(side.optimizer, "step", args.on_gpu)
     taken, of_optimizer = [], []
     for number in range(WARM_UP + (STEPS if args.on_gpu else 1)):
@@ -246,7 +155,7 @@ def bytes_of_tensors() -> int:
     return sum(storages.values())
 
 
-def estimate(args: Namespace, side: MegatronSide) -> dict[str, float]:
+def estimate(args: Namespace, side: Steps) -> dict[str, float]:
     """What planning says of this rank: bytes of its state and FLOPs of its micro-batch."""
     from megatron.core import parallel_state
 
@@ -279,7 +188,7 @@ def main() -> None:
     args = start(flags, toy)
     side = SIDES[name](args)
     found = figures(args, side)
-    if isinstance(side, MegatronSide):
+    if name != TRANSFORMERS:
         found |= estimate(args, side)
     if os.environ["RANK"] == "0":
         Path(file).write_text(json.dumps(found))
