@@ -6,9 +6,6 @@ code 0: every claim of correctness holds. 1: one does not, or a subject failed. 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
@@ -17,8 +14,8 @@ from pathlib import Path
 
 from megatron_trinity.command_line.parser import command_parser, require_parent
 from megatron_trinity.errors import TrinityError, UsageError, run_command
-from tests.gpu.rows import Row, failed, last_line, print_rows, read_rows, write_json
-from tests.paths import ROOT
+from tests.gpu.children import why_failed
+from tests.gpu.rows import Row, failed, print_rows, read_rows, write_json
 
 EXAMPLE = """example:
   bash tests/run_gpu.sh
@@ -97,24 +94,11 @@ def describe(toy: bool) -> str:
 def run_subject(subject: str, toy: bool, scratch: Path) -> list[Row]:
     """Its rows, and one more if it failed."""
     file, output = scratch / f"{subject}.rows", scratch / f"{subject}.output"
-    command = [sys.executable, "-m", "tests.gpu.subject", subject, str(file)]
-    with output.open("w") as stream:
-        try:
-            code: int | str = subprocess.run(
-                [*command, *(["--toy"] if toy else [])],
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                timeout=LIMIT,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = f"not done after {LIMIT} s"
+    words = ["-m", "tests.gpu.subject", subject, str(file), *(["--toy"] if toy else [])]
+    why = why_failed(words, output, LIMIT)
     rows = read_rows(file, subject)
-    if code:
-        why = last_line(output.read_text(errors="replace")) if isinstance(code, int) else code
-        rows.append(replace(failed("runs to its end", why or f"exit code {code}"), subject=subject))
+    if why is not None:
+        rows.append(replace(failed("runs to its end", why), subject=subject))
     return rows
 
 

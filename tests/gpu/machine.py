@@ -19,6 +19,19 @@ Size = TypeVar("Size")
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "H20": 148e12, "A100": 312e12}
 """Of products in bf16 without sparsity, by a part of the device's name (NVIDIA's data sheets)."""
 
+TOY_SIZES = {
+    "hidden-size": 64,
+    "ffn-hidden-size": 64,
+    "num-attention-heads": 4,
+    "kv-channels": 16,
+    "moe-ffn-hidden-size": 32,
+    "vocab-size": 160,
+    "seq-length": 32,
+    "sliding-window": 8,
+    "micro-batch-size": 2,
+}
+"""Of the trainer's flags, over those of the `tiny` preset."""
+
 
 @dataclass(frozen=True)
 class Machine:

@@ -84,13 +84,6 @@ def failed(case: str, why: str) -> Row:
     return Row(case, None, "", "", f"failed: {why}", correctness=True)
 
 
-def last_line(text: str) -> str:
-    """Of what a process has printed: what it says of its error, or what it said last."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error:")]
-    return [*errors[:1], *lines[-1:], ""][0][:300]
-
-
 def read_rows(file: Path, subject: str) -> list[Row]:
     """The rows that a subject has written, a line each."""
     lines = file.read_text().splitlines() if file.exists() else []

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.gpu.machine import Machine
-from tests.gpu.rows import last_line
-from tests.paths import ROOT
+from tests.gpu.children import why_failed
+from tests.gpu.machine import TOY_SIZES, Machine
 
 Steps = dict[int, str]
 """Iteration to its losses and gradient norm in hexadecimal."""
@@ -37,37 +33,16 @@ class Runs:
             RuntimeError: it failed; with its last line.
         """
         file, log = self.folder / f"{name}.steps", self.folder / f"{name}.log"
-        command = [sys.executable, "-m", "tests.gpu.train", str(file)]
-        with log.open("w") as stream:
-            code = subprocess.run(
-                [*command, *self._flags(), *flags],
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-            ).returncode
-        if code:
-            told = last_line(log.read_text(errors="replace"))
-            raise RuntimeError(f"the run {name} ended with {code}: {told}")
+        words = ["-m", "tests.gpu.train", str(file), *self._flags(), *flags]
+        if (why := why_failed(words, log)) is not None:
+            raise RuntimeError(f"the run {name} failed: {why}")
         return steps_of(file)
 
     def _flags(self) -> list[str]:
         """Widths that kernels for tiles of 16 and FP8 blocks of 128 can take."""
         sizes = self.machine.size(
             {"hidden-size": 256, "num-attention-heads": 8, "kv-channels": 32, "seq-length": 256},
-            {
-                "hidden-size": 64,
-                "ffn-hidden-size": 64,
-                "num-attention-heads": 4,
-                "kv-channels": 16,
-                "moe-ffn-hidden-size": 32,
-                "vocab-size": 160,
-                "seq-length": 32,
-                "sliding-window": 8,
-                "micro-batch-size": 2,
-                "global-batch-size": 4,
-            },
+            {**TOY_SIZES, "global-batch-size": 4},
         )
         options = {
             "preset": "tiny",

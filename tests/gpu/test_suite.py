@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.rows import FELL_SHORT, HELD, MEASURED, as_toy, at_most, beside, last_line
+from tests.gpu.children import last_line
+from tests.gpu.rows import FELL_SHORT, HELD, MEASURED, as_toy, at_most, beside
 from tests.paths import ROOT
 
 

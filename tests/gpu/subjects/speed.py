@@ -7,9 +7,6 @@ holds. With 8 GPUs `nano` is whole, on the layout that docs/scale.md recommends.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +14,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from tests.gpu.machine import Machine
-from tests.gpu.rows import Row, at_most, beside, failed, last_line, measured, skipped
+from tests.gpu.children import why_failed
+from tests.gpu.machine import TOY_SIZES, Machine
+from tests.gpu.rows import Row, at_most, beside, failed, measured, skipped
 from tests.gpu.sides import TOY
-from tests.paths import ROOT
 
 GIB = 2**30
 STATE = 1.05
@@ -59,23 +56,7 @@ CASES = (
     ),
     Case("nano, EP 8", {"preset": "nano", "expert-model-parallel-size": NODE}, NODE),
 )
-TOYS = (
-    Case(
-        "a layer of each kind",
-        {
-            "preset": "tiny",
-            "hidden-size": 64,
-            "ffn-hidden-size": 64,
-            "num-attention-heads": 4,
-            "kv-channels": 16,
-            "moe-ffn-hidden-size": 32,
-            "vocab-size": 160,
-            "seq-length": 32,
-            "sliding-window": 8,
-            "micro-batch-size": 2,
-        },
-    ),
-)
+TOYS = (Case("a layer of each kind", {"preset": "tiny", **TOY_SIZES}),)
 
 
 def rows(machine: Machine) -> Iterator[Row]:
@@ -167,20 +148,12 @@ def flags_of(machine: Machine, case: Case, *more: str) -> list[str]:
 def run(case: Case, side: str, flags: list[str], scratch: Path) -> Figures | str:
     """The figures of one side, or the last line of one that failed."""
     file, log = scratch / "figures.json", scratch / "log"
-    launcher = [sys.executable]
+    launcher = []
     if case.ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone"]
-        launcher += [*torchrun, f"--nproc-per-node={case.ranks}"]
-    with log.open("w") as stream:
-        code = subprocess.run(
-            [*launcher, "-m", "tests.gpu.sides", side, str(file), *flags],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        ).returncode
-    if code:
-        return last_line(log.read_text(errors="replace")) or f"exit code {code}"
+        launcher = ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc-per-node={case.ranks}"]
+    why = why_failed([*launcher, "-m", "tests.gpu.sides", side, str(file), *flags], log)
+    if why is not None:
+        return why
     found: Figures = json.loads(file.read_text())
     return found
