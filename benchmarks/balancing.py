@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -22,10 +21,25 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from megatron_trinity.command_line.curves import (
+    LOSS,
+    SMOOTHING,
+    TAIL,
+    VALIDATION_LOSS,
+    add_figure_argument,
+    finish,
+    is_done,
+    markdown,
+    note_flags,
+    pyplot,
+    save,
+    scalars_of,
+    tail_mean,
+)
 from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.command_line.quickstart import add_data_argument, data_flags, require_data
 from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
-from megatron_trinity.command_line.scalars import Scalars, read_scalars
+from megatron_trinity.command_line.scalars import Scalars
 from megatron_trinity.errors import TrinityError, run_command
 
 EXAMPLE = """example:
@@ -40,10 +54,7 @@ RULES = {
     "sign": ("sign rule", "#0072B2", "--"),
     "smebu": ("SMEBU", "#009E73", "-"),
 }
-MAX_VIOLATION, ENTROPY, LOSS = "max violation", "load entropy", "lm loss"
-VALIDATION_LOSS = "lm loss validation"
-TAIL = 50  # steps at the end that a figure is the mean of
-SMOOTHING = 10  # steps that a point of a thick line is the mean of
+MAX_VIOLATION, ENTROPY = "max violation", "load entropy"
 NEEDED = 3.0  # how much smaller than without balancing the max violation has to become
 SEQUENCE, EVAL_BATCH = 256, 16  # tokens; sequences, as the quickstart evaluates
 
@@ -105,11 +116,6 @@ class Outcome:
         )
 
 
-def tail_mean(steps: Mapping[int, float]) -> float:
-    values = list(steps.values())[-TAIL:]
-    return sum(values) / len(values)
-
-
 def validation_batches(data: Path) -> int:
     """Whole batches in the validation split of the quickstart's data.
 
@@ -122,15 +128,6 @@ def validation_batches(data: Path) -> int:
     return int(tokens - 1) // SEQUENCE // EVAL_BATCH
 
 
-def is_done(plan: Plan, rule: str) -> bool:
-    """Whether the run with these very flags has come to its end."""
-    command = plan.run_dir(rule) / "command.txt"
-    if not command.exists() or command.read_text() != shlex.join(plan.flags(rule)):
-        return False
-    scalars = read_scalars(plan.run_dir(rule) / "tensorboard")
-    return plan.steps in scalars.get(VALIDATION_LOSS, {})
-
-
 def train(plan: Plan, rule: str) -> None:
     """Run the trainer; its output goes into `training.log`.
 
@@ -141,7 +138,7 @@ def train(plan: Plan, rule: str) -> None:
     if run_dir.exists():
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True)
-    (run_dir / "command.txt").write_text(shlex.join(plan.flags(rule)))
+    note_flags(run_dir, plan.flags(rule))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, "--nproc-per-node=2", "pretrain_trinity.py", *plan.flags(rule)]
     log = run_dir / "training.log"
@@ -191,13 +188,13 @@ def table(outcomes: Mapping[str, Outcome], steps: int) -> str:
     """The figures in Markdown."""
     layers = list(outcomes["none"].by_layer)
     header = ["run", MAX_VIOLATION, *layers, ENTROPY, LOSS, "validation loss"]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for rule, outcome in outcomes.items():
         values = [outcome.max_violation, *(outcome.by_layer[layer] for layer in layers)]
         values += [outcome.entropy, outcome.loss, outcome.validation_loss]
         lines.append([RULES[rule][0], *(f"{value:.3f}" for value in values)])
     title = f"{steps} steps; means of the last {min(TAIL, steps)}, validation loss at the end\n\n"
-    return title + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return title + markdown(header, lines)
 
 
 def rows(outcomes: Mapping[str, Outcome]) -> list[Row]:
@@ -222,15 +219,10 @@ def rows(outcomes: Mapping[str, Outcome]) -> list[Row]:
 
 def draw(runs: Mapping[str, Scalars], figure: Path) -> None:
     """Max violation against steps, thin, and its running mean, thick."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # A figure of the same values is the same file.
-    matplotlib.rcParams |= {"svg.hashsalt": "balancing", "svg.fonttype": "none", "font.size": 11}
-    import matplotlib.pyplot as plt
     import numpy as np
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+    plt = pyplot("balancing")
     canvas, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     for rule, (label, colour, dashes) in RULES.items():
         values = np.array(list(runs[rule][MAX_VIOLATION].values()))
@@ -245,13 +237,9 @@ def draw(runs: Mapping[str, Scalars], figure: Path) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("step")
     axes.set_ylabel("max violation of the worst layer")
-    axes.grid(alpha=0.25, linewidth=0.5)
     axes.legend(frameon=False, handlelength=3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if figure.suffix == ".svg" else None
-    canvas.savefig(figure, dpi=110, metadata=metadata)
+    finish(axes)
+    save(canvas, figure)
 
 
 def check_balanced(outcomes: Mapping[str, Outcome]) -> None:
@@ -279,7 +267,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
         default=ROOT / "runs" / "balancing",
         help="folder of the runs (default runs/balancing)",
     )
-    parser.add_argument("--figure", type=Path, help="also draw max violation, as .svg or .png")
+    add_figure_argument(parser, "max violation")
     add_json_argument(parser)
     parser.add_argument(
         "--quick",
@@ -289,8 +277,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     arguments = parser.parse_args(argv)
     if arguments.steps < TAIL:
         parser.error(f"--steps has to be at least {TAIL}")
-    if arguments.figure and arguments.figure.suffix not in (".svg", ".png"):
-        parser.error("--figure has to end in .svg or .png")
     return arguments
 
 
@@ -306,11 +292,11 @@ def main() -> None:
     if arguments.quick:
         plan = replace(plan, steps=4, global_batch=16, eval_iters=1)
     for rule, (name, *_) in RULES.items():
-        if is_done(plan, rule):
+        if is_done(plan.run_dir(rule), plan.flags(rule), plan.steps):
             print(f"{name}: done already, in {plan.run_dir(rule)}", file=sys.stderr, flush=True)
         else:
             train(plan, rule)
-    runs = {rule: read_scalars(plan.run_dir(rule) / "tensorboard") for rule in RULES}
+    runs = {rule: scalars_of(plan.run_dir(rule)) for rule in RULES}
     check_same_start(runs)
     outcomes = {rule: Outcome.of(scalars) for rule, scalars in runs.items()}
     print(table(outcomes, plan.steps))

@@ -8,7 +8,6 @@ of bf16. A run that is done is not redone.
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,10 +16,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_trinity.command_line.curves import (
+    LOSS,
+    SMOOTHING,
+    TAIL,
+    VALIDATION_LOSS,
+    add_figure_argument,
+    finish,
+    is_done,
+    markdown,
+    note_flags,
+    pyplot,
+    save,
+    scalars_of,
+    tail_mean,
+)
 from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.command_line.quickstart import add_data_argument, data_flags, require_data
 from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
-from megatron_trinity.command_line.scalars import Scalars, read_scalars
+from megatron_trinity.command_line.scalars import Scalars
 from megatron_trinity.errors import TrinityError, run_command
 
 EXAMPLE = """example:
@@ -37,9 +51,6 @@ RUNS = {
     "fp8-blockwise": ("#0072B2", "--"),
     "fp8-delayed": ("#009E73", "-."),
 }
-LOSS, VALIDATION_LOSS = "lm loss", "lm loss validation"
-TAIL = 50  # steps at the end that a figure is the mean of
-SMOOTHING = 10  # steps that a point of a line is the mean of
 NEAR = 0.02  # nats that the mean of the last steps may be away from bf16's
 
 
@@ -73,15 +84,6 @@ class Plan:
         return [str(word) for pair in options.items() for word in pair]
 
 
-def is_done(plan: Plan, precision: str) -> bool:
-    """Whether the run with these very flags has come to its end."""
-    command = plan.run_dir(precision) / "command.txt"
-    if not command.exists() or command.read_text() != shlex.join(plan.flags(precision)):
-        return False
-    scalars = read_scalars(plan.run_dir(precision) / "tensorboard")
-    return plan.steps in scalars.get(VALIDATION_LOSS, {})
-
-
 def train(plan: Plan, precision: str) -> None:
     """Run the trainer over the emulation; its output goes into `training.log`.
 
@@ -107,12 +109,7 @@ def train(plan: Plan, precision: str) -> None:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
     if done.returncode:
         raise TrinityError(f"the run in {precision} failed; see {log}")
-    (run_dir / "command.txt").write_text(shlex.join(plan.flags(precision)))
-
-
-def tail_mean(steps: Mapping[int, float]) -> float:
-    values = list(steps.values())[-TAIL:]
-    return sum(values) / len(values)
+    note_flags(run_dir, plan.flags(precision))
 
 
 def away(losses: Mapping[int, float], reference: Mapping[int, float]) -> list[float]:
@@ -123,14 +120,14 @@ def away(losses: Mapping[int, float], reference: Mapping[int, float]) -> list[fl
 def table(runs: Mapping[str, Scalars], steps: int) -> str:
     """The figures in Markdown."""
     header = ["precision", "loss", "validation loss", "away from bf16, mean", "and at most"]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for name, scalars in runs.items():
         gaps = away(scalars[LOSS], runs["bf16"][LOSS])
         values = [tail_mean(scalars[LOSS]), list(scalars[VALIDATION_LOSS].values())[-1]]
         values += [sum(gaps) / len(gaps), max(gaps)]
         lines.append([name, *(f"{value:.4f}" for value in values)])
     title = f"{steps} steps; loss: mean of the last {min(TAIL, steps)}\n\n"
-    return title + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return title + markdown(header, lines)
 
 
 def rows(runs: Mapping[str, Scalars]) -> list[Row]:
@@ -149,14 +146,9 @@ def rows(runs: Mapping[str, Scalars]) -> list[Row]:
 
 def draw(runs: Mapping[str, Scalars], figure: Path) -> None:
     """Losses against steps above, and how far those of FP8 are from bf16's below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # A figure of the same values is the same file.
-    matplotlib.rcParams |= {"svg.hashsalt": "fp8", "svg.fonttype": "none", "font.size": 11}
-    import matplotlib.pyplot as plt
     import numpy as np
 
+    plt = pyplot("fp8")
     canvas, (above, below) = plt.subplots(
         2, 1, figsize=(7.2, 5.4), layout="constrained", sharex=True, height_ratios=(3, 2)
     )
@@ -174,13 +166,9 @@ def draw(runs: Mapping[str, Scalars], figure: Path) -> None:
     below.set_ylabel("loss - loss in bf16")
     below.set_xlabel("step")
     above.legend(frameon=False, handlelength=3)
-    for axes in (above, below):
-        axes.grid(alpha=0.25, linewidth=0.5)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if figure.suffix == ".svg" else None
-    canvas.savefig(figure, dpi=110, metadata=metadata)
+    finish(above)
+    finish(below)
+    save(canvas, figure)
 
 
 def check_near(runs: Mapping[str, Scalars]) -> None:
@@ -200,14 +188,12 @@ def parse_arguments() -> Namespace:
         default=ROOT / "runs" / "fp8_curves",
         help="folder of the runs (default runs/fp8_curves)",
     )
-    parser.add_argument("--figure", type=Path, help="also draw the losses, as .svg or .png")
+    add_figure_argument(parser, "the losses")
     add_json_argument(parser)
     parser.add_argument("--quick", action="store_true", help="ten steps a run: shows that it works")
     arguments = parser.parse_args()
     if arguments.steps < 10:
         parser.error("--steps has to be at least 10")
-    if arguments.figure and arguments.figure.suffix not in (".svg", ".png"):
-        parser.error("--figure has to end in .svg or .png")
     return arguments
 
 
@@ -217,12 +203,12 @@ def main() -> None:
     steps = 10 if arguments.quick else arguments.steps
     plan = Plan(arguments.data.resolve(), arguments.output.resolve(), steps)
     for name in RUNS:
-        if is_done(plan, name):
+        if is_done(plan.run_dir(name), plan.flags(name), steps):
             print(f"{name}: done already, in {plan.run_dir(name)}", file=sys.stderr, flush=True)
         else:
             print(f"{name}: {steps} steps", file=sys.stderr, flush=True)
             train(plan, name)
-    runs = {name: read_scalars(plan.run_dir(name) / "tensorboard") for name in RUNS}
+    runs = {name: scalars_of(plan.run_dir(name)) for name in RUNS}
     print(table(runs, steps))
     write_rows(arguments.json, rows(runs))
     if arguments.figure:

@@ -9,6 +9,7 @@ of a seed start from the same weights. A run that is done is not redone.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,9 +19,19 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, pvariance
 
+from megatron_trinity.command_line.curves import (
+    LOSS,
+    add_figure_argument,
+    finish,
+    is_done,
+    markdown,
+    note_flags,
+    pyplot,
+    save,
+    scalars_of,
+)
 from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.command_line.rows import add_json_argument, make_row, write_rows
-from megatron_trinity.command_line.scalars import read_scalars
 from megatron_trinity.errors import TrinityError, run_command
 
 EXAMPLE = """example:
@@ -35,7 +46,7 @@ CASES: Mapping[str, tuple[str, ...]] = {
     "document-buffer": ("--document-buffer-size", "64", "--document-buffers", "4"),
 }
 COLOURS = {"in-order": "#D55E00", "sequential": "#0072B2", "document-buffer": "#009E73"}
-HETEROGENEITY, GRAD_NORM, LOSS = "batch heterogeneity", "grad-norm", "lm loss"
+HETEROGENEITY, GRAD_NORM = "batch heterogeneity", "grad-norm"
 WARM_UP = 20  # steps that are left out: the norm falls there whatever is read
 
 
@@ -64,37 +75,31 @@ def prepare(output: Path) -> None:
 def train(output: Path, case: str, seed: int, steps: int) -> dict[str, list[float]]:
     """The scalars of a run, a value a step."""
     run = output / f"{steps}-steps" / f"{case}-{seed}"
-    if not (run / "done").exists():
+    options = {
+        "--preset": "tiny",
+        "--tokenizer-model": output / "tokenizer",
+        "--train-data-path": output / "data_train",
+        "--packing": case,
+        "--seed": seed,
+        "--micro-batch-size": 1,
+        "--global-batch-size": 16,
+        "--train-iters": steps,
+        "--lr-warmup-iters": WARM_UP,
+        "--log-interval": 1,
+        "--eval-iters": 0,
+        "--num-workers": 0,
+        "--tensorboard-dir": run / "tensorboard",
+    }
+    flags = [str(word) for pair in options.items() for word in pair]
+    flags += ["--dataloader-inter-document-masking", *CASES[case]]
+    if not is_done(run, flags, steps, last=LOSS):
         print(f"{case}, seed {seed}", file=sys.stderr, flush=True)
-        flags = {
-            "--preset": "tiny",
-            "--tokenizer-model": output / "tokenizer",
-            "--train-data-path": output / "data_train",
-            "--packing": case,
-            "--seed": seed,
-            "--micro-batch-size": 1,
-            "--global-batch-size": 16,
-            "--train-iters": steps,
-            "--lr-warmup-iters": WARM_UP,
-            "--log-interval": 1,
-            "--eval-iters": 0,
-            "--num-workers": 0,
-            "--tensorboard-dir": run / "tensorboard",
-        }
-        words = [str(word) for pair in flags.items() for word in pair]
-        run.mkdir(parents=True, exist_ok=True)
-        for old in (run / "tensorboard").glob("*"):
-            old.unlink()
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir(parents=True)
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
-        _run(
-            *launcher,
-            "pretrain_trinity.py",
-            *words,
-            "--dataloader-inter-document-masking",
-            *CASES[case],
-        )
-        (run / "done").touch()
-    scalars = read_scalars(run / "tensorboard")
+        _run(*launcher, "pretrain_trinity.py", *flags)
+        note_flags(run, flags)
+    scalars = scalars_of(run)
     return {name: list(scalars[name].values()) for name in (HETEROGENEITY, GRAD_NORM, LOSS)}
 
 
@@ -119,24 +124,17 @@ MEASURES: Mapping[str, Callable[[Run], float]] = {
 
 def draw(runs: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], figure: Path) -> None:
     """Heterogeneity and gradient norm of the first seed against steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.hashsalt": "rsdb", "svg.fonttype": "none", "font.size": 11}
-    import matplotlib.pyplot as plt
-
-    canvas, both = plt.subplots(2, figsize=(7.2, 5.4), sharex=True, layout="constrained")
+    canvas, both = pyplot("rsdb").subplots(2, figsize=(7.2, 5.4), sharex=True, layout="constrained")
     for axes, name in zip(both, (HETEROGENEITY, GRAD_NORM), strict=True):
         for case, of_seeds in runs.items():
             values = of_seeds[0][name][WARM_UP:]
             steps = range(WARM_UP + 1, WARM_UP + 1 + len(values))
             axes.plot(steps, values, color=COLOURS[case], linewidth=1, label=case)
         axes.set_ylabel(name)
-        axes.grid(alpha=0.25, linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+        finish(axes)
     both[0].legend(frameon=False, ncols=3)
     both[1].set_xlabel("step")
-    canvas.savefig(figure, dpi=110, metadata={"Date": None} if figure.suffix == ".svg" else None)
+    save(canvas, figure)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
@@ -144,7 +142,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--steps", type=int, default=300, help="of each run (default %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "rsdb")
-    parser.add_argument("--figure", type=Path, help="also draw the first seed, as .svg or .png")
+    add_figure_argument(parser, "the first seed")
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed")
     add_json_argument(parser)
     arguments = parser.parse_args(argv)
@@ -163,14 +161,14 @@ def main() -> None:
     for seed in arguments.seeds:
         for case in CASES:
             runs[case].append(train(output, case, seed, arguments.steps))
-    print(f"| packing | {' | '.join(MEASURES)} |")
-    print(f"|---{'|---' * len(MEASURES)}|")
+    lines = []
     means: dict[str, list[float]] = {}
     for case, of_seeds in runs.items():
         figures = [[measure(run) for run in of_seeds] for measure in MEASURES.values()]
         means[case] = [fmean(values) for values in figures]
         cells = (" ".join(f"{value:.3g}" for value in values) for values in figures)
-        print(f"| {case} | {' | '.join(cells)} |")
+        lines.append([case, *cells])
+    print(markdown(["packing", *MEASURES], lines), end="")
     rows = [
         make_row(f"{name}: buffer against {peer}", ours, means[peer][number], "")
         for number, (name, ours) in enumerate(zip(MEASURES, means["document-buffer"], strict=True))
