@@ -25,10 +25,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from megatron_trinity.data.prepare import refuse_empty
     from megatron_trinity.data.shards import merge_shards
 
-    made = merge_shards(arguments.output, refuse_empty, arguments.overwrite)
+    made = merge_shards(arguments.output, arguments.overwrite)
     print_datasets(made, Path(f"{arguments.output}.json"))
     written = ", ".join(f"{arguments.output}_{split}" for split in made["splits"])
     print(f"wrote {written}; the shards {arguments.output}.shard-* are needed no more")

@@ -7,14 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_trinity.data.indexed import HEADER, TOKEN_DTYPES
+from megatron_trinity.data.indexed import HEADER, read_header
 from megatron_trinity.data.length_bias import LengthBias
 from megatron_trinity.data.packing import Piece
-from megatron_trinity.errors import TrinityError
 
 OPEN_AT_ONCE = 128
 """Datasets that a process has mapped; another source is opened in some microseconds."""
@@ -114,12 +114,8 @@ class Corpus:
 
 def _header(prefix: str) -> tuple[np.dtype[np.integer], int]:
     """The type of a token, and how many documents there are."""
-    try:
-        with open(f"{prefix}.idx", "rb") as stream:
-            _, _, code, documents, _ = HEADER.unpack(stream.read(HEADER.size))
-    except OSError as error:
-        raise TrinityError(f"{prefix}.idx cannot be read ({error.strerror})") from error
-    return TOKEN_DTYPES[code], documents
+    dtype, documents, _ = read_header(Path(f"{prefix}.idx"))
+    return dtype, documents
 
 
 @lru_cache(maxsize=OPEN_AT_ONCE)

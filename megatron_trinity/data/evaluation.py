@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 from megatron_trinity.data.corpus import Corpus
 from megatron_trinity.data.description import EvaluationSet
-from megatron_trinity.data.manifest import read_manifest
+from megatron_trinity.data.manifest import split_in_manifest
 from megatron_trinity.data.packing import OnePass, Packing, Piece, SequentialPacking
 from megatron_trinity.data.stream import Phase, Stream
 from megatron_trinity.errors import UsageError
@@ -70,8 +69,7 @@ def bytes_per_token(prefixes: Sequence[str]) -> float | None:
     """
     tokens = text = 0
     for prefix in prefixes:
-        base, _, split = prefix.rpartition("_")
-        counted = (read_manifest(Path(f"{base}.json")) or {}).get("splits", {}).get(split, {})
+        _, counted = split_in_manifest(prefix)
         if not counted.get("tokens") or not counted.get("bytes"):
             return None
         tokens, text = tokens + counted["tokens"], text + counted["bytes"]

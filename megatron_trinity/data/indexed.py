@@ -55,7 +55,7 @@ def check_indexed_dataset(prefix: str | Path) -> IndexedDatasetInfo:
     """
     index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     index_size, data_size = _file_size(index_path), _file_size(data_path)
-    dtype, sequences, marks = _read_header(index_path, index_size)
+    dtype, sequences, marks = read_header(index_path)
 
     expected = HEADER.size + sequences * 12 + marks * 8
     if index_size != expected:
@@ -98,7 +98,13 @@ def _file_size(path: Path) -> int:
         ) from error
 
 
-def _read_header(path: Path, size: int) -> tuple[np.dtype[np.integer], int, int]:
+def read_header(path: Path) -> tuple[np.dtype[np.integer], int, int]:
+    """Of an index: the type of a token, the number of sequences and that of document marks.
+
+    Raises:
+        TrinityError: it is not there, or no index's.
+    """
+    size = _file_size(path)
     if size < HEADER.size:
         raise _size_error(path, size, HEADER.size, "a header alone")
     with open(path, "rb") as stream:

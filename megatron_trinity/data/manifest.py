@@ -49,6 +49,28 @@ def refuse_existing(outputs: Iterable[Path], why: str) -> None:
 
 
 @contextmanager
+def held_directory(path: Path, busy: str) -> Iterator[None]:
+    """Make `path`, and keep other processes out of it meanwhile.
+
+    Raises:
+        TrinityError: it cannot be made, or another process has it: `busy`.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        directory = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise TrinityError(f"cannot write into {path.parent}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrinityError(busy) from error
+        yield
+    finally:
+        os.close(directory)
+
+
+@contextmanager
 def staging_directory(parent: Path, name: str) -> Iterator[Path]:
     """A hidden directory inside `parent` that is gone afterwards, whatever happened.
 
@@ -58,26 +80,13 @@ def staging_directory(parent: Path, name: str) -> Iterator[Path]:
         TrinityError: `parent` cannot be made or written to, or another process has it.
     """
     staging = parent / f".{name}.part"
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        lock = os.open(staging, os.O_RDONLY)
-    except OSError as error:
-        raise TrinityError(f"cannot write into {parent}: {error.strerror}") from error
-    try:
+    with held_directory(staging, f"another process writes into {parent}: wait for it"):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrinityError(f"another process writes into {parent}: wait for it") from error
-        for left in staging.iterdir():
-            left.unlink()
-        yield staging
-        shutil.rmtree(staging, ignore_errors=True)
-    except BaseException as error:
-        if not isinstance(error.__cause__, BlockingIOError):
+            for left in staging.iterdir():
+                left.unlink()
+            yield staging
+        finally:
             shutil.rmtree(staging, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
 
 
 def publish(
@@ -112,3 +121,10 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def split_in_manifest(prefix: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The manifest beside a dataset, and what it says of this split; both empty where none is."""
+    base, _, split = prefix.rpartition("_")
+    manifest = read_manifest(Path(f"{base}.json")) or {}
+    return manifest, manifest.get("splits", {}).get(split, {})

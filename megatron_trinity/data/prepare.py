@@ -34,7 +34,14 @@ from megatron_trinity.data.listing import (
 )
 from megatron_trinity.data.manifest import sha256_of_file
 from megatron_trinity.data.shards import Shard, publish_shard, read_shard
-from megatron_trinity.data.token_files import SplitWriter, describe_split, write_index
+from megatron_trinity.data.token_files import (
+    SplitWriter,
+    dataset_files,
+    describe_split,
+    publish_datasets,
+    refuse_empty,
+    write_index,
+)
 from megatron_trinity.data.token_model import TokenizerInfo, load_tokenizer
 from megatron_trinity.errors import TrinityError, UsageError
 from megatron_trinity.progress import Progress, SilentProgress
@@ -109,17 +116,13 @@ def prepare_dataset(
             "one to its tokenizer_config.json, or pass --no-append-eod"
         )
     asked = _request_as_dict(request, tokenizer, surveyed.fingerprint)
-    outputs = [
-        Path(f"{request.prefix(split)}{suffix}")
-        for split in ("train", "valid")
-        for suffix in (".bin", ".idx")
-    ]
     if not request.overwrite:
         present = _present(request, asked)
         if present is not None:
             work.remove_work(request.target)
             return present, False
-        taken = [request.target] if request.shard else [*outputs, request.manifest_path]
+        files = [*dataset_files(request.output).values(), request.manifest_path]
+        taken = [request.target] if request.shard else files
         manifest.refuse_existing(taken, "was not made by this same request")
     try:
         with work.work_directory(request.target, asked, request.resumable) as staging:
@@ -129,13 +132,7 @@ def prepare_dataset(
                 return made, True
             for split in request.splits:
                 check_indexed_dataset(staging / split)
-            staged = {
-                staging / f"{split}{suffix}": Path(f"{request.prefix(split)}{suffix}")
-                for split in request.splits
-                for suffix in (".bin", ".idx")
-            }
-            stale = set(outputs) - set(staged.values())
-            manifest.publish(staged, made, request.manifest_path, staging, stale)
+            publish_datasets(staging, request.output, made)
     except OSError as error:
         raise TrinityError(f"cannot write {request.output}: {error.strerror or error}") from error
     return made, True
@@ -153,30 +150,6 @@ def _files_of_shard(
     if request.shard is None:
         return files
     return request.shard.of(files, surveyed)
-
-
-def refuse_empty(
-    splits: dict[str, dict[str, Any]],
-    sources: tuple[str, ...],
-    valid_fraction: float,
-    report: SkipReport,
-) -> None:
-    """Refuse a result without documents, or without those of one split.
-
-    Raises:
-        TrinityError: one line, with what was left out.
-    """
-    total = sum(split["documents"] for split in splits.values())
-    if total == 0:
-        left_out = "".join(f"; {line}" for line in report.summary(shown=1))
-        raise TrinityError(f"no documents in {', '.join(sources)}{left_out}")
-    for name, split in splits.items():
-        if split["documents"] == 0:
-            raise TrinityError(
-                f"of {total} documents none fell to {name} with --valid-fraction "
-                f"{valid_fraction}: choose another fraction (0: no validation), or give "
-                "more documents"
-            )
 
 
 def _validate(request: PrepareRequest) -> None:
@@ -242,12 +215,10 @@ def _make(
     journal = work.read_journal(staging)
     assert journal is not None
     for split in request.splits:
-        lengths = staging / f"{split}.lengths"
         digest = sha256_of_file(staging / f"{split}.bin")
         splits[split] = describe_split(journal.written[split], journal.counts[split], digest)
-        if not request.shard:
-            continue
-        splits[split]["lengths_sha256"] = sha256_of_file(lengths)
+        if request.shard:
+            splits[split]["lengths_sha256"] = sha256_of_file(staging / f"{split}.lengths")
     whole = SkipReport()
     if request.shard is None or request.shard.number == 1:
         whole.extend(listed)  # of all sources: one shard says it

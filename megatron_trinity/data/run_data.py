@@ -9,7 +9,7 @@ from megatron_trinity.data.description import Description
 from megatron_trinity.data.evaluation import EvaluationSamples
 from megatron_trinity.data.fingerprint import Fingerprint, fingerprint_of
 from megatron_trinity.data.plan import Plan
-from megatron_trinity.data.sources import describe, tokenizer_sha256
+from megatron_trinity.data.sources import tokenizer_sha256
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,14 @@ class RunData:
         return sets[0].bytes_per_token if sets else None
 
 
-def run_data(args: Namespace) -> RunData | None:
-    """What the command line names, or None for mock data.
+def run_data(args: Namespace, described: Description) -> RunData | None:
+    """What is described, or None for mock data.
 
     Raises:
         UsageError: the data does not last as long as the run, or a source has no tokens.
     """
     if args.mock_data:
         return None
-    described = describe(args)
     plan = None
     if not args.skip_train:
         plan = Plan(described, args.seq_length, args.seed)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,7 +18,14 @@ import numpy as np
 
 from megatron_trinity.data import manifest
 from megatron_trinity.data.documents import SkipReport, Split
-from megatron_trinity.data.token_files import Written, describe_split, write_index
+from megatron_trinity.data.token_files import (
+    Written,
+    dataset_files,
+    describe_split,
+    publish_datasets,
+    refuse_empty,
+    write_index,
+)
 from megatron_trinity.data.token_model import token_dtype
 from megatron_trinity.errors import TrinityError, UsageError
 
@@ -129,9 +136,7 @@ def find_shards(output: Path) -> list[Path]:
     return shards
 
 
-def merge_shards(
-    output: Path, refuse_empty: Callable[..., None], overwrite: bool = False
-) -> dict[str, Any]:
+def merge_shards(output: Path, overwrite: bool = False) -> dict[str, Any]:
     """Merge the shards of `output`; return the manifest.
 
     Every file of a shard is compared with the SHA-256 that its manifest has.
@@ -150,14 +155,9 @@ def merge_shards(
                     f"({', '.join(names)}): make it again"
                 )
     splits: Sequence[Split] = list(made[0]["splits"])
-    manifest_path = Path(f"{output}.json")
-    outputs = [
-        Path(f"{output}_{split}{suffix}")
-        for split in ("train", "valid")
-        for suffix in (".bin", ".idx")
-    ]
     if not overwrite:
-        manifest.refuse_existing([*outputs, manifest_path], "would be replaced")
+        files = [*dataset_files(output).values(), Path(f"{output}.json")]
+        manifest.refuse_existing(files, "would be replaced")
     report = SkipReport()
     for shard in made:
         report.extend(SkipReport.from_dict(shard["skipped"]))
@@ -176,13 +176,7 @@ def merge_shards(
             }
             asked = merged["request"]
             refuse_empty(merged["splits"], tuple(asked["sources"]), asked["valid_fraction"], report)
-            staged = {
-                staging / f"{split}{suffix}": Path(f"{output}_{split}{suffix}")
-                for split in splits
-                for suffix in (".bin", ".idx")
-            }
-            stale = set(outputs) - set(staged.values())
-            manifest.publish(staged, merged, manifest_path, staging, stale)
+            publish_datasets(staging, output, merged)
     except OSError as error:
         raise TrinityError(f"cannot write {output}: {error.strerror or error}") from error
     return merged

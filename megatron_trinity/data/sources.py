@@ -24,24 +24,24 @@ from megatron_trinity.data.description import (
     read_description,
 )
 from megatron_trinity.data.indexed import IndexedDatasetInfo, check_indexed_dataset
-from megatron_trinity.data.manifest import read_manifest, sha256_of_file
+from megatron_trinity.data.manifest import sha256_of_file, split_in_manifest
 from megatron_trinity.data.packings import PACKINGS
 from megatron_trinity.errors import UsageError
 
 SPLITS = ("train", "valid", "test")
 
 
-def check_data(args: Namespace) -> None:
-    """Check the datasets that the command line names, and say which splits there are not.
+def check_data(args: Namespace) -> Description:
+    """What the command line names; check its datasets, and say which splits there are not.
 
-    One rank of each node reads the indices for the others.
+    One rank of each node reads the indices for the others. Mock data names nothing.
 
     Raises:
         UsageError: none is named, none to train on, or a split or a weight leaves one out.
         TrinityError: one is missing, truncated or corrupt.
     """
     if args.mock_data:
-        return
+        return Description()
     described = describe(args)
     if not described.parts():
         raise UsageError(
@@ -62,6 +62,7 @@ def check_data(args: Namespace) -> None:
             if part.prefix not in checked:
                 checked[part.prefix] = check_indexed_dataset(part.prefix)
             _check_share(args, part, checked[part.prefix])
+    return described
 
 
 def _check_masking(args: Namespace, described: Description) -> None:
@@ -73,7 +74,7 @@ def _check_masking(args: Namespace, described: Description) -> None:
             )
 
 
-def check_manifests(args: Namespace) -> None:
+def check_manifests(args: Namespace, described: Description) -> None:
     """Refuse datasets that were made with another tokenizer, or for a larger model.
 
     Both stand in the manifest that `tools/prepare_data.py` writes beside its datasets.
@@ -83,10 +84,9 @@ def check_manifests(args: Namespace) -> None:
     """
     tokenizer = tokenizer_sha256(args)
     unknown: list[tuple[str, str]] = []
-    for prefix in [] if args.mock_data else _prefixes(args):
-        base, _, split = prefix.rpartition("_")
-        manifest = read_manifest(Path(f"{base}.json")) or {}
-        largest = manifest.get("splits", {}).get(split, {}).get("max_token_id", 0)
+    for prefix in dict.fromkeys(part.prefix for part in described.parts()):
+        manifest, said = split_in_manifest(prefix)
+        largest = said.get("max_token_id", 0)
         if largest >= args.vocab_size:
             raise UsageError(
                 f"{prefix} has token {largest}, the model {args.vocab_size} tokens; prepare it "
@@ -110,10 +110,6 @@ def check_manifests(args: Namespace) -> None:
             f"WARNING: nothing says whether {first}{more} was made with the tokenizer of this "
             f"run: {why}"
         )
-
-
-def _prefixes(args: Namespace) -> list[str]:
-    return list(dict.fromkeys(part.prefix for part in describe(args).parts()))
 
 
 def describe(args: Namespace) -> Description:
@@ -181,13 +177,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def given_splits(args: Namespace) -> set[str]:
-    """Which of `SPLITS` have data."""
-    described = describe(args)
-    of_split = (described.sources, described.validation, described.test)
-    return {name for name, given in zip(SPLITS, of_split, strict=True) if given}
 
 
 def _blends(args: Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ index is made of the lengths in the end. Its layout is that which `indexed` read
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,9 +15,12 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_trinity.data import manifest
+from megatron_trinity.data.documents import SkipReport
 from megatron_trinity.data.encode import Encoded
 from megatron_trinity.data.indexed import HEADER, MAGIC, TOKEN_DTYPES, VERSION, unigram_entropy
 from megatron_trinity.data.token_model import token_dtype
+from megatron_trinity.errors import TrinityError
 
 _LENGTHS = 1 << 20  # looked at together
 _BLOCK = 1 << 22
@@ -87,6 +91,52 @@ def describe_split(written: Written, counts: NDArray[np.int64], sha256: str) -> 
         "unigram_entropy_nats": unigram_entropy(counts),
         "sha256": sha256,
     }
+
+
+def dataset_files(output: Path) -> dict[str, Path]:
+    """Where the files of both splits of `output` stand, by their names while they are made."""
+    return {
+        f"{split}{suffix}": Path(f"{output}_{split}{suffix}")
+        for split in ("train", "valid")
+        for suffix in (".bin", ".idx")
+    }
+
+
+def publish_datasets(work: Path, output: Path, made: Mapping[str, Any]) -> None:
+    """Move the datasets in `work` into place, with the manifest `made` last.
+
+    A split that it does not have, of an earlier run, is removed.
+    """
+    files = dataset_files(output)
+    staged = {
+        work / name: place for name, place in files.items() if Path(name).stem in made["splits"]
+    }
+    stale = set(files.values()) - set(staged.values())
+    manifest.publish(staged, made, Path(f"{output}.json"), work, stale)
+
+
+def refuse_empty(
+    splits: Mapping[str, Mapping[str, Any]],
+    sources: Sequence[str],
+    valid_fraction: float,
+    report: SkipReport,
+) -> None:
+    """Refuse a result without documents, or without those of one split.
+
+    Raises:
+        TrinityError: one line, with what was left out.
+    """
+    total = sum(split["documents"] for split in splits.values())
+    if total == 0:
+        left_out = "".join(f"; {line}" for line in report.summary(shown=1))
+        raise TrinityError(f"no documents in {', '.join(sources)}{left_out}")
+    for name, split in splits.items():
+        if split["documents"] == 0:
+            raise TrinityError(
+                f"of {total} documents none fell to {name} with --valid-fraction "
+                f"{valid_fraction}: choose another fraction (0: no validation), or give "
+                "more documents"
+            )
 
 
 def write_index(lengths: Path, index: Path, dtype: np.dtype[np.integer]) -> None:

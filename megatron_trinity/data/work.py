@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,11 +16,10 @@ from numpy.typing import NDArray
 
 from megatron_trinity.data.chunks import Place
 from megatron_trinity.data.documents import SkipReport, Split
-from megatron_trinity.data.manifest import read_manifest
+from megatron_trinity.data.manifest import held_directory, read_manifest
 from megatron_trinity.data.token_files import SplitWriter, Written
-from megatron_trinity.errors import TrinityError
 
-_REQUEST, _JOURNAL, _LOCK = "request.json", "journal.npz", "lock"
+_REQUEST, _JOURNAL = "request.json", "journal.npz"
 
 
 @dataclass(frozen=True)
@@ -51,20 +49,11 @@ def work_directory(output: Path, asked: Mapping[str, Any], resumable: bool) -> I
         TrinityError: it cannot be made or written to, or another process works in it.
     """
     path = work_path(output)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise TrinityError(f"cannot write into {output.parent}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrinityError(
-                f"another process prepares {output}: wait for it, or choose another --output"
-            ) from error
+    busy = f"another process prepares {output}: wait for it, or choose another --output"
+    with held_directory(path, busy):
         if not resumable or read_manifest(path / _REQUEST) != asked:
-            _clear(path)
+            for left in path.iterdir():
+                left.unlink()
             (path / _REQUEST).write_text(json.dumps(asked), encoding="utf-8")
         try:
             yield path
@@ -73,8 +62,6 @@ def work_directory(output: Path, asked: Mapping[str, Any], resumable: bool) -> I
                 shutil.rmtree(path, ignore_errors=True)
             raise
         shutil.rmtree(path, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def remove_work(output: Path) -> None:
@@ -85,12 +72,6 @@ def remove_work(output: Path) -> None:
 def forget_journal(work: Path) -> None:
     """Make the next run begin anew."""
     (work / _JOURNAL).unlink(missing_ok=True)
-
-
-def _clear(path: Path) -> None:
-    for entry in path.iterdir():
-        if entry.name != _LOCK:
-            entry.unlink()
 
 
 def write_journal(

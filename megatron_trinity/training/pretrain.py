@@ -70,13 +70,13 @@ def _pretrain(argv: Sequence[str] | None, stop: Stop) -> None:
         print_rank_0(note)
     for note in stage_notes(args):
         print_rank_0(f"WARNING: {note}")
-    check_data(args)
+    described = check_data(args)
     check_tokenizer_path(args)
     with telling_wandb(), refusing("the run cannot be set up"):
         set_global_variables(args)
     settle_vocabulary(args)
-    check_manifests(args)
-    data = run_data(args)
+    check_manifests(args, described)
+    data = run_data(args, described)
     note_data(args, data)
     with held_save(args) as held, finished_saves():
         checked = check_checkpoint(args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 
 from megatron_trinity.data import chunks, prepare, work
 from megatron_trinity.data.documents import SkipReport
+from megatron_trinity.data.manifest import held_directory
 from megatron_trinity.data.prepare import PrepareRequest, prepare_dataset
 from megatron_trinity.errors import TrinityError
 from tests.crosses import first
@@ -150,11 +150,11 @@ def test_two_processes_do_not_prepare_the_same_output(
 ) -> None:
     request = PrepareRequest((str(source),), tokenizer_dir, tmp_path / "out" / "d")
     part = tmp_path / "out" / ".d.part"
-    part.mkdir(parents=True)
-    with open(part / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(TrinityError, match="another process prepares"):
-            prepare_dataset(request)
+    with (
+        held_directory(part, "free"),
+        pytest.raises(TrinityError, match="another process prepares"),
+    ):
+        prepare_dataset(request)
     prepare_dataset(request)
     assert not part.exists()
 

@@ -12,7 +12,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_trinity.data.encode import Encoded
-from megatron_trinity.data.prepare import PrepareRequest, prepare_dataset, refuse_empty
+from megatron_trinity.data.prepare import PrepareRequest, prepare_dataset
 from megatron_trinity.data.shards import Shard, merge_shards
 from megatron_trinity.data.token_files import SplitWriter, write_index
 from megatron_trinity.errors import TrinityError, UsageError
@@ -27,10 +27,6 @@ def job(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> PrepareRequest:
     return PrepareRequest((str(corpus),), tokenizer_dir, tmp_path / "out" / "d", valid_fraction=0.3)
 
 
-def merge(output: Path, overwrite: bool = False) -> dict[str, object]:
-    return merge_shards(output, refuse_empty, overwrite)
-
-
 def make_shards(job: PrepareRequest, count: int) -> None:
     for number in range(1, count + 1):
         prepare_dataset(replace(job, shard=Shard(number, count), workers=1))
@@ -41,7 +37,7 @@ def test_merge_is_what_one_machine_makes(job: PrepareRequest, count: int, tmp_pa
     whole, _ = prepare_dataset(job)
     other = replace(job, output=tmp_path / "other" / "d")
     make_shards(other, count)
-    assert merge(other.output) == whole
+    assert merge_shards(other.output) == whole
     for name in ("d.json", "d_train.bin", "d_train.idx", "d_valid.bin", "d_valid.idx"):
         assert (other.output.parent / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     assert not prepare_dataset(other)[1]
@@ -61,34 +57,34 @@ def test_second_run_of_a_shard_does_nothing_and_another_is_refused(job: PrepareR
 
 def test_shards_that_do_not_fit_are_refused(job: PrepareRequest) -> None:
     with pytest.raises(TrinityError, match=r"no shards of .*--shard I/N"):
-        merge(job.output)
+        merge_shards(job.output)
     make_shards(job, 3)
     second = Shard(2, 3).directory(job.output)
     kept = job.output.parent / "kept"
     second.rename(kept)
     with pytest.raises(TrinityError, match=r"d.shard-2-of-3 is missing, of 3 shards \(1 in all\)"):
-        merge(job.output)
+        merge_shards(job.output)
     shutil.copytree(kept, second)
     data = bytearray((second / "train.bin").read_bytes())
     data[10] ^= 1
     (second / "train.bin").write_bytes(data)
     with pytest.raises(TrinityError, match=r"train.bin is not what its shard's manifest says"):
-        merge(job.output)
+        merge_shards(job.output)
     (second / "train.bin").write_bytes(data[:-2])
     with pytest.raises(TrinityError, match=r"train.bin is not whole .*--overwrite"):
-        merge(job.output)
+        merge_shards(job.output)
     prepare_dataset(replace(job, shard=Shard(2, 3), append_eod=False, overwrite=True))
     with pytest.raises(TrinityError, match=r"another request than .*\(append_eod\)"):
-        merge(job.output)
+        merge_shards(job.output)
     shutil.rmtree(second)
     kept.rename(second)
-    merge(job.output)
+    merge_shards(job.output)
     with pytest.raises(TrinityError, match="is there already"):
-        merge(job.output)
-    merge(job.output, overwrite=True)
+        merge_shards(job.output)
+    merge_shards(job.output, overwrite=True)
     Shard(1, 3).directory(job.output).rename(Shard(1, 2).directory(job.output))
     with pytest.raises(TrinityError, match="are of 2 and of 3"):
-        merge(job.output)
+        merge_shards(job.output)
 
 
 @pytest.mark.parametrize("text", ["3", "0/3", "4/3", "a/b", "1/", "-1/3"])

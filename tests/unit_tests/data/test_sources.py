@@ -16,7 +16,7 @@ from megatron_trinity.data.manifest import sha256_of_file
 from megatron_trinity.data.packings import PACKINGS
 from megatron_trinity.data.plan import Plan
 from megatron_trinity.data.rows import RowPacking, greedy
-from megatron_trinity.data.sources import check_data, check_manifests, describe, given_splits
+from megatron_trinity.data.sources import SPLITS, check_data, check_manifests, describe
 from megatron_trinity.errors import TrinityError, UsageError
 from tests.trainer import write_dataset
 
@@ -49,7 +49,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
 )
 def test_which_splits_have_data(given: dict[str, Any], splits: set[str]) -> None:
-    assert given_splits(arguments(**given)) == splits
+    described = describe(arguments(**given))
+    of_split = (described.sources, described.validation, described.test)
+    assert {name for name, found in zip(SPLITS, of_split, strict=True) if found} == splits
 
 
 @pytest.mark.parametrize(
@@ -112,30 +114,33 @@ def test_the_tokenizer_of_the_data(
 ) -> None:
     args = arguments(train_data_path=[str(tmp_path / "own_train")], **tokenizer)
     manifest(tmp_path / "own", tokenizer_sha256=sha256_of_file(tmp_path / "tokenizer.json"))
-    check_manifests(args)
+    check_manifests(args, describe(args))
     assert capsys.readouterr().out == ""
     manifest(tmp_path / "own", tokenizer_sha256="0" * 64)
     with pytest.raises(UsageError, match="own_train was made with another tokenizer than"):
-        check_manifests(args)
+        check_manifests(args, describe(args))
 
 
 def test_what_cannot_be_compared_is_said_once(
     tmp_path: Path, tokenizer: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [str(tmp_path / name) for name in ("a_train", "b_train", "c_train")]
-    check_manifests(arguments(train_data_path=paths, **tokenizer))
+    args = arguments(train_data_path=paths, **tokenizer)
+    check_manifests(args, describe(args))
     [line] = capsys.readouterr().out.splitlines()
     assert f"whether {paths[0]} and 2 more was made with the tokenizer" in line
     assert line.endswith("it has no manifest")
     manifest(tmp_path / "a", tokenizer_sha256="0" * 64)
-    check_manifests(arguments(train_data_path=paths[:1]))
+    args = arguments(train_data_path=paths[:1])
+    check_manifests(args, describe(args))
     assert "NullTokenizer" in capsys.readouterr().out
 
 
 def test_a_token_that_the_model_has_not(tmp_path: Path) -> None:
     manifest(tmp_path / "own")
+    args = arguments(train_data_path=[str(tmp_path / "own_train")], vocab_size=150)
     with pytest.raises(UsageError, match="has token 150, the model 150 tokens"):
-        check_manifests(arguments(train_data_path=[str(tmp_path / "own_train")], vocab_size=150))
+        check_manifests(args, describe(args))
 
 
 def test_flags_become_a_description(tmp_path: Path) -> None:
