@@ -4,8 +4,9 @@
 #     DATA=data/mine TOKENIZER=data/tokenizer RUN=runs/mini bash examples/trinity_mini/03_pretrain_node.sh
 #
 # DATA is what tools/prepare_data.py was given as --output. Flags behind the command win over those
-# below. DRY_RUN=1 prints the command and does nothing else. How it is started, and what is kept of
-# it: scripts/launch.sh. On a cluster with Slurm: 04_pretrain_slurm.sbatch.
+# below and those that all runs have, in scripts/flags.sh. DRY_RUN=1 prints the command and does
+# nothing else. How it is started, and what is kept of it: scripts/launch.sh. On a cluster with
+# Slurm: 04_pretrain_slurm.sbatch.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
@@ -15,63 +16,21 @@ DATA=${DATA:-data/mine}
 TOKENIZER=${TOKENIZER:-data/tokenizer}
 RUN=${RUN:-runs/mini}
 
+# shellcheck source=scripts/flags.sh
+source scripts/flags.sh
+
 MODEL=(--preset mini)
 
 PARALLEL=(
-    # Experts stay in the node, where their tokens travel over NVLink.
-    --expert-model-parallel-size 8
-    # Optimizer state is cut over the data-parallel ranks.
-    --use-distributed-optimizer
-    # Gradients are reduced while the backward pass goes on. Muon shares weights behind its step, so
-    # that --overlap-param-gather is not for it.
-    --overlap-grad-reduce
-    # Every layer is computed again in the backward pass: up to a third more work, and the choice
-    # that is safe for memory: a rank's state alone is at most 69 GB.
-    --recompute-granularity full
-    --recompute-method uniform
-    --recompute-num-layers 1
-)
-
-# The tokens of an expert travel by DeepEP's kernels, which send each token once to a rank that has
-# several of its experts, and no copy of it to every expert.
-EXCHANGE=(
-    --moe-token-dispatcher-type flex
-    --moe-flex-dispatcher-backend deepep
-    # Tokens are sorted by expert in Transformer Engine's kernel, in place of a gather and a sort.
-    --moe-permute-fusion
-    # The shared expert computes while the tokens of the routed ones are on their way.
-    --moe-shared-expert-overlap
-)
-# CUDA graphs are not here: a replay would take the documents of another micro-batch.
-
-# The presets are in bf16, with fp32 gradients, router, norms and optimizer.
-PRECISION=(
-    # With it come fused RoPE, grouped products of the experts, and products of weights' gradients
-    # that are added to the fp32 buffers as they are computed.
-    --transformer-impl transformer_engine
-)
-
-DATA_FLAGS=(
-    --tokenizer-type HuggingFaceTokenizer
-    --tokenizer-model "$TOKENIZER"
-    --train-data-path "${DATA}_train"
-    --valid-data-path "${DATA}_valid"
+    "${SHARDED[@]}"
+    # A rank's state alone is at most 69 GB.
+    "${RECOMPUTE[@]}"
 )
 
 TRAINING=(
     # The preset has the report's batch, which is for hundreds of GPUs.
     --global-batch-size 256
     --train-iters 20000
-)
-
-LOGGING=(
-    --log-interval 10
-    --tensorboard-dir "$RUN/tensorboard"
-    --save "$RUN/checkpoints"
-    --load "$RUN/checkpoints"
-    --save-interval 500
-    # Steps go on while a checkpoint is written.
-    --async-save
 )
 
 export NODES=${NODES:-1} GPUS_PER_NODE=${GPUS_PER_NODE:-8}
