@@ -57,8 +57,7 @@ def main() -> None:
 
 
 def is_bad(finding: Finding, require_gpu: bool) -> bool:
-    """A part about several GPUs is not here on a node that is to have one; that is not bad."""
-    lacking = finding.status == NOT_HERE and finding.of_gpu and "single device" not in finding.words
+    lacking = finding.status == NOT_HERE and finding.of_gpu
     return finding.status == BAD or (require_gpu and lacking)
 
 

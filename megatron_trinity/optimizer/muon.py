@@ -165,11 +165,11 @@ class Muon:
         return newton_schulz(wide, self._config.steps, self._config.dtype).mT
 
 
-def gathered(own: list[Held], group: ProcessGroup) -> Sequence[Sequence[Held]]:
-    """What each rank of `group` holds."""
+def gathered[T](own: T, group: ProcessGroup) -> list[T]:
+    """What each rank of `group` has."""
     if group.size() == 1:
         return [own]
-    everyone: list[list[Held]] = [[] for _ in range(group.size())]
+    everyone = [own] * group.size()
     dist.all_gather_object(everyone, own, group=group)
     return everyone
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
-from megatron_trinity.optimizer.muon import Held
+from megatron_trinity.optimizer.muon import Held, gathered
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ def matrix_group(ranks: DataParallel) -> ProcessGroup:
         return ranks.group
     if ranks.size == 1:
         return ranks.tensor
-    rows: list[list[int]] = [[] for _ in range(ranks.tensor.size())]
-    dist.all_gather_object(rows, dist.get_process_group_ranks(ranks.group), group=ranks.tensor)
+    rows = gathered(dist.get_process_group_ranks(ranks.group), ranks.tensor)
     own = tuple(sorted(rank for row in rows for rank in row))
     everywhere: list[tuple[int, ...]] = [own] * dist.get_world_size()
     dist.all_gather_object(everywhere, own)
@@ -78,16 +77,6 @@ def held_by_ranks(
     """
     own = dict(zip(dist.get_process_group_ranks(ranks.group), by_rank, strict=True))
     held: dict[int, Sequence[Held]] = {}
-    for of_rank in _gathered_dicts(own, ranks.tensor):
+    for of_rank in gathered(own, ranks.tensor):
         held.update(of_rank)
     return [held[rank] for rank in dist.get_process_group_ranks(group)]
-
-
-def _gathered_dicts(
-    own: Mapping[int, Sequence[Held]], group: ProcessGroup
-) -> Sequence[Mapping[int, Sequence[Held]]]:
-    if group.size() == 1:
-        return [own]
-    everyone: list[Mapping[int, Sequence[Held]]] = [{} for _ in range(group.size())]
-    dist.all_gather_object(everyone, own, group=group)
-    return everyone

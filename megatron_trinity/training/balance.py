@@ -83,7 +83,8 @@ def balance_experts(
     counts = _in_order(counted, layers, partial(blank, num_experts, dtype=torch.int64))
     losses = _in_order(lost, layers, partial(blank, ()))
     pipeline = parallel_state.get_pipeline_model_parallel_group()
-    summed = counts if told is None else torch.cat([counts.flatten(), told])
+    # The counts, and behind them what was told.
+    summed = counts.view(-1) if told is None else torch.cat([counts.view(-1), told])
     if local:
         torch._foreach_zero_([*counted.values(), *lost.values()])
         # Every rank that has routed tokens of these layers: tensor (its parts of the sequence),
@@ -92,10 +93,10 @@ def balance_experts(
         dist.all_reduce(summed, group=group)
         dist.all_reduce(losses, group=group)
         if applied:
-            counts = summed[: counts.numel()].view(counts.shape)
+            moved_by = summed[: counts.numel()].view(counts.shape)
             here = [number in local for number in layers]
             # A list of numbers would be copied to the device, and waited for.
-            of_local = counts if all(here) else torch.stack(list(compress(counts, here)))
+            of_local = moved_by if all(here) else torch.stack(list(compress(moved_by, here)))
             balance([local[number] for number in layers if number in local], of_local)
     elif told is not None:  # a stage without experts has ranks that were told something, too
         of_stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
@@ -105,9 +106,8 @@ def balance_experts(
     if pipeline.size() > 1:
         for tensor in (summed, bias, losses):
             dist.all_reduce(tensor, group=pipeline)
-    if told is not None:
-        told = summed[counts.numel() :]
-    counts = summed[: counts.numel()].view(counts.shape) if told is not None else summed
+    told = None if told is None else summed[counts.numel() :]
+    counts = summed[: counts.numel()].view(counts.shape)
     return StepBalance(tuple(layers), counts, bias, losses, told)
 
 

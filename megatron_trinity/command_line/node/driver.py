@@ -93,7 +93,7 @@ def _of_each(rows: list[dict[str, str]], floors: Floors) -> list[Finding]:
 def _links(wanted: Floors, devices: int) -> list[Finding]:
     links = wanted.get("nvlinks", 0)
     if not links or devices < 2:
-        return [Finding("NVLink", NOT_HERE, "a single device, or none with it", of_gpu=True)]
+        return [Finding("NVLink", NOT_HERE, "a single device, or none with it")]
     code, text = answer_of(LINKS)
     if code:
         return [judged("NVLink", False, text.strip().splitlines()[-1], of_gpu=True)]

@@ -21,7 +21,8 @@ class Finding:
     subject: what was looked at.
     status: `ok`, `bad`, or `not here`: it cannot be looked at on this node.
     words: what was found, and what it has to reach.
-    of_gpu: it is about GPUs, which a node may be required to have.
+    of_gpu: it is about GPUs, which a node may be required to have; not about several where
+        there is one.
     """
 
     subject: str

@@ -36,7 +36,7 @@ def speed_findings(floors: Floors) -> list[Finding]:
     floor = of_device(floors, torch.cuda.get_device_name(0))
     found = [_judge_products([product(f"cuda:{n}", SIZE) for n in range(count)], floor)]
     if count == 1:
-        return [*found, Finding("all-reduce", NOT_HERE, "a single device", of_gpu=True)]
+        return [*found, Finding("all-reduce", NOT_HERE, "a single device")]
     speed, right = all_reduce(count, BYTES, "cuda")
     wanted = floor.get("all_reduce_gb_per_s", 0)
     words = f"{speed:.0f} GB/s, at least {wanted}" + ("" if right else "; the sum is wrong")
