@@ -42,9 +42,18 @@ def ranks() -> Iterator[RankPools]:
         yield pools
 
 
+MARKERS = {
+    "ranks": ("distributed",),
+    "te_ranks": ("te", "distributed"),
+    "dali_ranks": ("dali", "distributed"),
+}
+"""Of the tests that use a fixture."""
+
+
 # First, so that `-m "not distributed"` sees the marker.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.distributed)
+        for fixture in MARKERS.keys() & {*getattr(item, "fixturenames", ())}:
+            for name in MARKERS[fixture]:
+                item.add_marker(name)

@@ -62,19 +62,26 @@ FAULTS = {
 }
 
 
+def launch_with(
+    fault: str, folder: Path, *more: str
+) -> tuple[subprocess.Popen[bytes], Path, Path, Path]:
+    """A run whose rank 1 meets the fault when the mark is there: launcher, mark, run and output."""
+    write_dataset(folder / "data")
+    mark, run, output = folder / "mark", folder / "run", folder / "output"
+    program = folder / "program.py"
+    program.write_text(PROGRAM.format(mark=str(mark), body=FAULTS[fault]))
+    flags = training_flags(
+        folder / "data",
+        *("--optimizer", "adam", "--train-iters", "100000", "--save", str(run)),
+        *("--save-interval", "100000", *more),
+    )
+    return launch([str(program), *flags], output), mark, run, output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_rank_takes_the_run_with_it(tmp_path: Path, fault: str) -> None:
-    write_dataset(tmp_path / "data")
-    mark, run, output = tmp_path / "mark", tmp_path / "run", tmp_path / "output"
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(mark=str(mark), body=FAULTS[fault]))
-    flags = training_flags(
-        tmp_path / "data",
-        *("--optimizer", "adam", "--train-iters", "100000", "--save", str(run)),
-        *("--save-interval", "100000", "--hang-minutes", "0.1"),
-    )
-    launcher = launch([str(program), *flags], output)
+    launcher, mark, run, output = launch_with(fault, tmp_path, "--hang-minutes", "0.1")
     try:
         _wait_for_iteration(3, launcher, output)
         mark.touch()
@@ -134,16 +141,7 @@ def test_the_end_of_the_launcher_saves_and_ends(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "data")
-    run, mark, output = tmp_path / "run", tmp_path / "mark", tmp_path / "output"
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(mark=str(mark), body=FAULTS["asleep"]))
-    flags = training_flags(
-        tmp_path / "data",
-        *("--optimizer", "adam", "--train-iters", "100000", "--save", str(run)),
-        *("--save-interval", "100000"),
-    )
-    launcher = launch([str(program), *flags], output)
+    launcher, mark, run, output = launch_with("asleep", tmp_path)
     try:
         _wait_for_iteration(2, launcher, output)
         mark.touch()

@@ -10,7 +10,6 @@ which follows nothing, and the one that the last sample looks ahead to.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.pool import RankError, RankPool
+from tests.stress.options import parse_options
 from tests.trainer import SEQUENCE, run_trainer, training_flags
 
 TOKENS = 640  # of each source
@@ -183,10 +183,7 @@ def _start(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    options = parser.parse_args()
+    options = parse_options(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         exactly_once(Path(folder), options.kills, options.seed, print)
 

@@ -8,7 +8,6 @@ steps has to have the losses and the gradient norm of a run that was never kille
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import random
@@ -27,6 +26,7 @@ from megatron_trinity.errors import TrinityError
 from tests.checkpoints import check_whole
 from tests.distributed.pool import RankError, RankPool
 from tests.steps import recorded, run_recorded
+from tests.stress.options import parse_options
 from tests.trainer import training_flags, write_dataset
 
 STEPS = 8
@@ -201,10 +201,7 @@ def kill_saves(folder: Path, kills: int, seed: int, say: Callable[[str], None]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    options = parser.parse_args()
+    options = parse_options(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         total = kill_saves(Path(folder), options.kills, options.seed, print)
     print(f"{options.kills} kills: {dict(total)}; every run went on from a whole checkpoint")

@@ -21,12 +21,3 @@ def te_ranks(request: pytest.FixtureRequest) -> Iterator[RankPools]:
     )
     with RankPools(kind) as pools:
         yield pools
-
-
-# First, so that `-m te` and `-m "not te"` see the marker.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "te_ranks" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.te)
-            item.add_marker(pytest.mark.distributed)

@@ -131,36 +131,30 @@ def test_order_is_kept_when_chunks_finish_in_another(info: TokenizerInfo) -> Non
     assert first.ids.tolist() == [*ids_of(info, 1, np.uint16, "3 router "), first.ids[-2], 1]
 
 
-def test_reading_stays_a_bounded_distance_ahead(info: TokenizerInfo) -> None:
+def read_for_one_result(info: TokenizerInfo, characters: int) -> int:
+    """Chunks that two workers take from an endless source before the first result is there."""
     read = 0
 
     def endless():  # type: ignore[no-untyped-def]
         nonlocal read
         while True:
             read += 1
-            yield chunk("x" * 1000)
+            yield chunk("x" * characters)
 
     encoded = encode_in_order(endless(), encoding(info, False), 2)
     next(encoded)
     encoded.close()
-    assert read <= 2 * 4 + 1
+    return read
+
+
+def test_reading_stays_a_bounded_distance_ahead(info: TokenizerInfo) -> None:
+    assert read_for_one_result(info, 1000) <= 2 * 4 + 1
 
 
 def test_bytes_ahead_are_bounded_too(info: TokenizerInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     """One long document at a time, however many workers there are."""
     monkeypatch.setattr(encode, "_BYTES_AHEAD", 1000)
-    read = 0
-
-    def endless():  # type: ignore[no-untyped-def]
-        nonlocal read
-        while True:
-            read += 1
-            yield chunk("x" * 2000)
-
-    encoded = encode_in_order(endless(), encoding(info, False), 2)
-    next(encoded)
-    encoded.close()
-    assert read == 2
+    assert read_for_one_result(info, 2000) == 2
 
 
 def test_killed_worker_is_told(info: TokenizerInfo) -> None:
