@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.pool import RankPools
+from tests.stress.exactly_once import exactly_once
 from tests.trainer import SEQUENCE, checkpoint_contents, run_trainer, training_flags, write_dataset
 
 PACKINGS = {"sequential": {}, "document-buffer": {"size": 4, "buffers": 3}, "best-fit": {}}
@@ -76,3 +77,9 @@ def test_the_same_training_over_a_resume_and_another_layout(
     got = checkpoint_contents(tmp_path / "dali", 4)
     assert got.keys() == expected.keys()
     assert [key for key in got if not torch.equal(got[key], expected[key])] == []
+
+
+def test_a_kill_loses_and_repeats_no_token(dali_ranks: RankPools, tmp_path: Path) -> None:
+    buffer = ["document-buffer"]
+    killed = exactly_once(tmp_path / "kills", 1, 3, print, buffer, dali_ranks.kind, ["dali"])
+    assert killed == {"document-buffer": 1}
