@@ -88,6 +88,28 @@ def test_what_has_no_data_is_refused(data: str, given: dict[str, Any], says: str
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("place", ["sources", "validation"])
+@pytest.mark.parametrize("what", ["no file", "a directory", "nothing but zeros"])
+def test_one_source_that_is_missing_is_named(
+    data: str, tmp_path: Path, place: str, what: str
+) -> None:
+    """Among others that are there, on a blend's side and on that of validation."""
+    path = tmp_path / "gone"
+    if what == "a directory":
+        Path(f"{path}.idx").mkdir()
+        Path(f"{path}.bin").mkdir()
+    elif what == "nothing but zeros":
+        Path(f"{path}.idx").write_bytes(bytes(100))
+        Path(f"{path}.bin").write_bytes(bytes(100))
+    content: dict[str, Any] = {"sources": {"web": {"path": data}}}
+    content.setdefault(place, {})["code"] = {"path": [data, str(path)]}
+    (tmp_path / "data.yaml").write_text(json.dumps(content))
+    with pytest.raises(TrinityError) as refused:
+        check_data(arguments(data=str(tmp_path / "data.yaml")))
+    assert f"{path}.idx" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_no_validation_data_is_said(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     check_data(arguments(train_data_path=[data], valid_data_path=[data]))
     check_data(arguments(data_path=[data], split="60,40,0"))
