@@ -120,6 +120,25 @@ def test_a_layout_gives_the_answer_of_one_rank(
     check(got, references[kind_of(layout)], layout)
 
 
+PADDED: tuple[Layout, ...] = (
+    ("TP 2 + SP", "documents"),
+    ("CP 2 all-gather", "documents"),
+    ("PP 2", "documents", "full recompute"),
+    ("EP 2", "DP 2", "documents", "micro-batch 4"),
+)
+
+
+@pytest.mark.slow
+def test_rows_with_padding_give_the_answer_of_one_rank(
+    ranks: RankPools, data: Path, references: dict[Layout, Answer], tmp_path: Path
+) -> None:
+    padded = ("--packing", "best-fit")
+    expected = train(ranks, data, tmp_path / "one", ("documents",), padded)
+    assert expected.scalars["lm loss"] != references[("documents",)].scalars["lm loss"]
+    for layout in PADDED:
+        check(train(ranks, data, tmp_path / "-".join(layout), layout, padded), expected, layout)
+
+
 OVERLAPPED = [
     layout
     for layout in LAYOUTS
