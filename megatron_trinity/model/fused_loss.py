@@ -8,18 +8,15 @@ Shapes: n tokens, v logits of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils._triton import has_triton
+
+from megatron_trinity.model.compiling import compiled, compiles
 
 
 def is_fused(hidden: Tensor) -> bool:
     """Whether logits of such hidden states are taken here."""
-    return hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and bool(has_triton())
+    return hidden.dtype in (torch.bfloat16, torch.float16) and compiles(hidden)
 
 
 def fused_statistics(logits: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -31,12 +28,6 @@ def fused_gradient(logits: Tensor, *arguments: Tensor) -> Tensor:
     """As `loss.gradient` of `loss.exponentials`, in the dtype of the logits."""
     result: Tensor = compiled(logit_gradient)(logits, *arguments)
     return result
-
-
-@cache
-def compiled(function: Callable[..., Any], backend: str = "inductor") -> Any:
-    """Compiled at its first call, for all sizes."""
-    return torch.compile(function, backend=backend, dynamic=True, fullgraph=True)
 
 
 def logit_statistics(logits: Tensor, target: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ def test_what_a_chunk_launches(ranks: RankPools, fused: bool, a_chunk: int) -> N
 
 @pytest.mark.slow
 def test_it_is_compiled_as_one_graph_for_all_sizes() -> None:
-    from megatron_trinity.model.fused_loss import compiled, logit_statistics
+    from megatron_trinity.model.compiling import compiled
+    from megatron_trinity.model.fused_loss import logit_statistics
 
     function = compiled(logit_statistics, backend="aot_eager")
     for tokens, width in ((TOKENS, VOCAB), (TOKENS - 5, VOCAB), (TOKENS, VOCAB - 8)):
