@@ -158,9 +158,9 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
             with watch.part("micro-batches"):
                 super().append(*args)
 
-        def totals(self, *args: Any) -> Any:
+        def gathered(self, *args: Any) -> Any:
             with watch.part("micro-batches"):
-                return super().totals(*args)
+                return super().gathered(*args)
 
     # The trainer puts itself together from these names.
     replaced = {

@@ -35,6 +35,8 @@ def test_operations_are_launches_but_for_views_and_metadata() -> None:
         y.add_(1.0).mul_(2.0)
         torch._foreach_add_([torch.empty(3), torch.empty(3)], 1.0)
         x.detach().to(x.dtype)
+        x[4:].mul_(2.0)  # of no element
+        torch.promote_types(x.dtype, torch.bfloat16)
 
     assert launches(step) == {"add_": 1, "mul_": 1, "_foreach_add_": 1}
 
