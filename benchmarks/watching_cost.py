@@ -154,9 +154,9 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
         return forward_step(iterator, model, record=record if watched else None, flops=flops)
 
     class TimedRecord(pretrain.MicroBatchRecord):
-        def append(self, *args: Any) -> None:
+        def append(self, values: Any) -> None:
             with watch.part("micro-batches"):
-                super().append(*args)
+                super().append(values)
 
         def gathered(self, *args: Any) -> Any:
             with watch.part("micro-batches"):

@@ -9,7 +9,7 @@ from unittest.mock import Mock, patch
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention as torchs
 
-from megatron_trinity.model import core_attention, flexible_attention, grouped_product, norm
+from megatron_trinity.model import compiling, core_attention, flexible_attention, grouped_product
 
 
 @contextmanager
@@ -40,10 +40,10 @@ def as_if_flexible(block: int = 8) -> Iterator[Mock]:
 
 
 @contextmanager
-def as_if_norm_kernels() -> Iterator[None]:
-    """Take the formulas of the norm that are compiled, as they are."""
+def as_if_compiled() -> Iterator[None]:
+    """Take the formulas that are compiled, as they are."""
     with (
-        patch.object(norm, "compiles", lambda hidden: True),
-        patch.object(norm, "compiled", lambda function: function),
+        patch.object(compiling, "compiles", lambda tensor: True),
+        patch.object(compiling, "compiled", lambda function: function),
     ):
         yield

@@ -1,4 +1,7 @@
-"""Chains of small operations as one kernel: compiled where a GPU has Triton, plain elsewhere."""
+"""Chains of small operations as one kernel: compiled where a GPU has Triton, plain elsewhere.
+
+Others call these through the module, so that a test or a count can take their place.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,11 @@ torch raises an error. Its default, 8, is what one model with one micro-batch si
 def compiles(tensor: Tensor) -> bool:
     """Whether what is done to such a tensor can be compiled."""
     return tensor.is_cuda and bool(has_triton())
+
+
+def fitting(function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
+    """`function`, compiled if what is done to such a tensor can be."""
+    return compiled(function) if compiles(tensor) else function
 
 
 @cache

@@ -13,8 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron_trinity.model import compiling
 from megatron_trinity.model.architecture import post_norm_gain
-from megatron_trinity.model.compiling import compiled, compiles
 
 
 class TrinityRMSNorm(nn.Module):
@@ -64,11 +64,11 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, gain: Tensor, eps: float, residual: Tensor | None
     ) -> Tensor:
-        if compiles(hidden):
+        if compiling.compiles(hidden):
             others = [] if residual is None else [residual.detach()]
             # Detached, since it would be compiled once more for each that has no gradient.
             result: Tensor
-            result, reciprocal = compiled(normalise)(hidden.detach(), gain, eps, *others)
+            result, reciprocal = compiling.compiled(normalise)(hidden.detach(), gain, eps, *others)
             ctx.save_for_backward(hidden, gain, reciprocal)
             return result
         x = hidden.float()
@@ -84,8 +84,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
         hidden, gain, reciprocal = ctx.saved_tensors
         of_residual = gradient if ctx.needs_input_grad[3] else None
-        if compiles(hidden):
-            of_x, of_gain = compiled(norm_gradients)(gradient, hidden.detach(), gain, reciprocal)
+        if compiling.compiles(hidden):
+            of_x, of_gain = compiling.compiled(norm_gradients)(
+                gradient, hidden.detach(), gain, reciprocal
+            )
             return of_x, of_gain, None, of_residual
         x, g = (tensor.float().reshape(-1, gain.numel()) for tensor in (hidden, gradient))
         r = reciprocal.flatten()

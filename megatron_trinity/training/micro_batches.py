@@ -27,19 +27,14 @@ class MicroBatchRecord:
         """Forget the step that is under way."""
         self._rows.clear()
 
-    def append(
-        self, loss_sum: Tensor, tokens: Tensor, largest_logit: Tensor, mean_logits: Tensor
-    ) -> None:
+    def append(self, values: Tensor) -> None:
         """Note one micro-batch, or this rank's part of its sequence.
 
         Args:
-            loss_sum: summed lm loss of the tokens with loss, nats.
-            tokens: their number.
-            largest_logit: over these tokens; -inf if there are none.
-            mean_logits: sum over these tokens of the mean of each one's logits.
+            values: `[4]` of the tokens with loss: summed lm loss in nats, their number, sum of the
+                mean of each one's logits, largest logit; -inf if there are none.
         """
-        values = (loss_sum, tokens, mean_logits, largest_logit)
-        self._rows.append(torch.stack([value.detach() for value in values]))
+        self._rows.append(values)
 
     def reduce(self, groups: ProcessGroupCollection | None = None) -> dict[str, float]:
         """`step_values` of `gathered`."""

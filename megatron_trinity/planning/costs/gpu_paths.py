@@ -11,11 +11,10 @@ from megatron.core.transformer.moe import moe_utils
 from torch import Tensor, nn
 
 from megatron_trinity.model import (
+    compiling,
     core_attention,
     flexible_attention,
-    fused_loss,
     grouped_product,
-    loss,
     norm,
 )
 from megatron_trinity.planning.costs.flexible import flexible
@@ -33,16 +32,14 @@ def take_gpu_paths() -> None:
     dispatcher of tokens moves to the host is there.
     """
     setattr(nn.functional, "rms_norm", rms_norm)
-    setattr(norm, "compiles", lambda hidden: True)
-    for module in (norm, fused_loss):
-        setattr(module, "compiled", _one_kernel)
+    setattr(compiling, "compiles", lambda tensor: True)
+    setattr(compiling, "compiled", _one_kernel)
     setattr(core_attention, "is_flexible", lambda query: query.dtype == torch.bfloat16)
     setattr(flexible_attention, "kernel", lambda: flexible)
     made_once = one_launch("window_mask", core_attention.window_mask, lambda *_: 0)
     setattr(core_attention, "window_mask", made_once)
     setattr(grouped_product, "has_kernel", lambda device, dtype: dtype == torch.bfloat16)
     setattr(nn.functional, "grouped_mm", one_launch("grouped_mm", nn.functional.grouped_mm))
-    setattr(loss, "is_fused", lambda hidden: hidden.dtype == torch.bfloat16)
     for name in SWIGLU:
         function = getattr(fused_bias_swiglu, name)
         setattr(fused_bias_swiglu, name, one_launch(f"fused_{name}", function))

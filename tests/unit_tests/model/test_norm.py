@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_trinity.model import compiling
 from megatron_trinity.model.norm import PostNormAdd, TrinityRMSNorm, normalise
 from tests.distributed.pool import RankPools
-from tests.gpu_forms import as_if_norm_kernels
+from tests.gpu_forms import as_if_compiled
 from tests.live_bytes import SavedBytes
 from tests.trinity import afmoe_config, build, parse
 
@@ -124,7 +124,7 @@ def test_bf16_gradients_are_rounded_once_and_the_gain_has_fp32() -> None:
 @pytest.fixture(params=[False, True], ids=["formula", "kernels"])
 def by_kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Also as on a GPU."""
-    with as_if_norm_kernels() if request.param else nullcontext():
+    with as_if_compiled() if request.param else nullcontext():
         yield request.param
 
 
