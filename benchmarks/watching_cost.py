@@ -154,13 +154,13 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
         return forward_step(iterator, model, record=record if watched else None, flops=flops)
 
     class TimedRecord(pretrain.MicroBatchRecord):
-        def append(self, *args: Any) -> None:
+        def append(self, values: Any) -> None:
             with watch.part("micro-batches"):
-                super().append(*args)
+                super().append(values)
 
-        def totals(self, *args: Any) -> Any:
+        def gathered(self, *args: Any) -> Any:
             with watch.part("micro-batches"):
-                return super().totals(*args)
+                return super().gathered(*args)
 
     # The trainer puts itself together from these names.
     replaced = {

@@ -193,7 +193,7 @@ class StepObserver:
         self, balance: StepBalance, outcome: StepOutcome
     ) -> tuple[LoadMetrics, dict[str, float]]:
         """All that the host has to know of the step, for which it waits once."""
-        totals = self._record.totals()
+        rows = self._record.gathered()
         lost = (balance.sequence_losses,) if self._args.seq_aux_loss_coeff else ()
         counts, bias, *read = on_host(
             [
@@ -201,7 +201,7 @@ class StepObserver:
                 balance.bias,
                 *(() if balance.told is None else (balance.told,)),
                 *outcome.losses.values(),
-                *(() if totals is None else (totals,)),
+                *(() if rows is None else (rows,)),
                 *lost,
             ]
         )
@@ -213,7 +213,7 @@ class StepObserver:
         if self._args.seq_aux_loss_coeff:
             total = self._args.seq_aux_loss_coeff * float(read.pop().sum())
             self._sequence_loss = {"sequence loss": total / get_current_global_batch_size()}
-        values = {} if totals is None else step_values(read[-1].tolist())
+        values = {} if rows is None else step_values(read[-1])
         return metrics, values
 
     def _write(self, values: Mapping[str, float]) -> None:
