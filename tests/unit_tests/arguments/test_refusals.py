@@ -380,14 +380,6 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "delayed-layers-in-bf16": [
         {**FP8, "precision": "fp8-delayed", "first_last_layers_bf16": True},
     ],
-    "delayed-pipeline": [
-        {
-            **FP8,
-            "precision": "fp8-delayed",
-            "world_size": 2,
-            "pipeline_model_parallel_size": 2,
-        },
-    ],
     "delayed-recompute": [
         {
             **FP8,
