@@ -125,7 +125,7 @@ def train_slowly(rank: int, world_size: int, flags: Sequence[str]) -> None:
     def noted(self: Any, args: Any, stop: Any) -> None:
         original(self, args, stop)
         leaving_of.append(self)
-        stop._saves = True
+        stop.has_begun = True
 
     setattr(leaving.Leaving, "__init__", noted)
     train(rank, world_size, flags)
