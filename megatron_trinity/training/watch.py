@@ -95,7 +95,8 @@ class Watch:
     def _start(self) -> None:
         self._started = True
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        self._store.set(f"who/{self._rank}", json.dumps(asdict(this_process())))
+        with suppress(Exception):  # the store is gone, with the launcher: this step is the last one
+            self._store.set(f"who/{self._rank}", json.dumps(asdict(this_process())))
         self._neighbours: dict[int, Owner] = {}
         self._thread.start()
 
@@ -122,7 +123,10 @@ class Watch:
         if any(word in text.lower() for word in _CONNECTION):
             deadline = time.monotonic() + CAUSE
             while time.monotonic() < deadline:
-                if (cause := self._cause()) is not None:
+                cause = None
+                with suppress(Exception):
+                    cause = self._cause()
+                if cause is not None:
                     self._closed.set()
                     line = cause if self._speaks() else ""
                     raise Stopped(line, exits.PEER_LOST, by_any=True) from None
