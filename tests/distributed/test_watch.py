@@ -57,7 +57,7 @@ def test_a_store_that_is_gone_ends_no_rank(monkeypatch: pytest.MonkeyPatch) -> N
             watch.step_begins(1)
             raise RuntimeError("a connection is lost")
 
-    with pytest.raises(RuntimeError, match="^a connection is lost$"):
+    with pytest.raises(RuntimeError, match="a connection is lost"):
         fail()
 
 

@@ -17,7 +17,9 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -354,6 +356,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is mounted and started goes too
     with tempfile.TemporaryDirectory() as folder:
         rows = chaos(Path(folder), options.faults, options.hours, options.seed, print)
     if options.json is not None:
