@@ -33,7 +33,7 @@ from tests.steps import recorded
 from tests.stress import warm
 from tests.stress.chaos_faults import FAULTS, Fault
 from tests.stress.kill_saves import newest_whole
-from tests.stress.launches import IN_JOB, SCRIPT, TORCHRUN, Launch, launched
+from tests.stress.launches import IN_JOB, SCRIPT, TORCHRUN, Launch, launched, lives
 from tests.trainer import training_flags, write_dataset
 
 STEPS, INTERVAL = 40, 4
@@ -137,6 +137,10 @@ class Campaign:
         self._due += self._chance.sample(self._faults, len(self._faults))
         return self.next_fault(how)
 
+    def put_back(self, fault: Fault) -> None:
+        """One that has not come is the next."""
+        self._due.insert(0, fault)
+
     def close(self, row: Row) -> None:
         self.rows.append(row)
         self.say(
@@ -167,9 +171,7 @@ class Life:
         self._run = (campaign.disk or campaign.folder) / f"checkpoints-{number}"
         self._seen = 0  # steps that are checked
         self._history: list[int] = []  # iterations that count
-        self._open: Row | None = None  # a fault whose next step has not come
-        self._struck = 0.0  # when it happened, and when all processes were gone
-        self._gone = 0.0
+        self._open: list[Row] = []  # faults whose next step has not come
 
     def live(self) -> None:
         while newest_whole(self._run) < STEPS:
@@ -186,48 +188,43 @@ class Life:
 
     def _break(self, launch: Launch) -> None:
         """Until the launch has ended, one way or the other."""
-        began = launch.began
         while True:
             fault = None if self._of.is_over() else self._of.next_fault(launch.how)
-            before, since = newest_whole(self._run), began
-            happened = fault is not None and self._wait(launch, fault, since)
-            if not happened:
+            before = newest_whole(self._run)
+            if fault is None or not self._comes(launch, fault):
                 launch.wait_for(lambda: False, "the end")
-                self._note_start(launch, since)
+                self._note_start(launch)
                 self._check_steps(before)
                 if fault is not None:
-                    self._of._due.insert(0, fault)
+                    self._of.put_back(fault)
                 assert newest_whole(self._run) == STEPS, launch.output()
                 return
-            assert fault is not None
-            pids = list(launch.pids().values())
-            self._note_start(launch, since)
-            struck, mark = time.time(), launch.mark()
+            pids, mark, struck = list(launch.pids().values()), launch.mark(), time.time()
             fault.happen(launch, self._run, self._chance)
             ends = launch.how == TORCHRUN or fault.ends_launcher
             launch.wait_for_end(pids, ends)
-            self._note_start(launch, since)  # its first step may have come since
-            self._struck, self._gone = struck, time.time()
-            codes = launch.codes(mark, struck)
+            self._note_start(launch)  # a first step may have come since
+            launch.renew(pids)
+            codes = launch.codes(pids, mark)
             assert codes <= fault.codes | {0}, f"{fault.name}: {codes}\n{launch.output()}"
             done = self._check_steps(before)
             if fault.then is not None:
                 fault.then(self._run, self._chance)
             self._check_saved(fault, before, done, launch)
-            again = 0 if done is None else done - newest_whole(self._run)
-            self._open = Row(fault.name, 0.0, 0.0, max(again, 0))
+            newest = newest_whole(self._run)
+            again = 0 if done is None else max(done - newest, 0)
+            self._open.append(Row(fault.name, launch.began - struck, 0.0, again))
             if ends:
                 return
-            began = self._gone
 
-    def _wait(self, launch: Launch, fault: Fault, since: float) -> bool:
-        """For the moment of the fault; False if the run has ended before."""
+    def _comes(self, launch: Launch, fault: Fault) -> bool:
+        """Wait for the moment of the fault; False if the run has ended before."""
         chance, ranks = self._chance.random(), MODES[self._mode][0]
-        launch.wait_for(lambda: len(launch.of("rank", since)) == ranks, "a rank")
+        launch.wait_for(lambda: len(launch.of("rank")) == ranks, "a rank")
         if fault.early and chance < 0.2:
             self._sleep(launch, self._chance.uniform(0, IN_START))
         else:
-            launch.wait_for(lambda: launch.of("step", since), "a step")
+            launch.wait_for(lambda: launch.of("step"), "a step")
             if fault.early and chance < 0.5:
                 known = set(iterations(self._run))
                 launch.wait_for(lambda: set(iterations(self._run)) - known, "a save")
@@ -237,25 +234,25 @@ class Life:
         # One that damages needs another checkpoint to go on from.
         if fault.name == "a damaged checkpoint":
             launch.wait_for(lambda: newest_whole(self._run) >= 2 * INTERVAL, "a second checkpoint")
-        return launch.is_running() and all(map(_trains, launch.pids().values()))
+        self._note_start(launch)
+        return launch.is_running() and all(map(lives, launch.pids().values()))
 
     def _sleep(self, launch: Launch, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while launch.is_running() and time.monotonic() < deadline:
             time.sleep(0.005)
 
-    def _note_start(self, launch: Launch, since: float) -> None:
-        """Close the row of the last fault, if the step that it waited for has come."""
-        steps, begins = launch.of("step", since), launch.of("begins", since)
-        if self._open is None or not steps:
+    def _note_start(self, launch: Launch) -> None:
+        """Close the rows of faults, if the step that they wait for has come."""
+        steps, begins = launch.of("step"), launch.of("begins")
+        if not steps:
             return
         first = min(event["at"] for event in begins)
-        # What started it may have seen the end before this script did.
-        started = min(self._gone, since) if since == self._gone else launch.began
-        self._open.start = first - started
-        self._open.down = self._gone - self._struck + steps[0]["at"] - first
-        self._of.close(self._open)
-        self._open = None
+        for row in self._open:
+            row.start = first - launch.began
+            row.down += steps[0]["at"] - first
+            self._of.close(row)
+        self._open.clear()
 
     def _check_steps(self, before: int) -> int | None:
         """Compare the new steps with the reference; returns the last one."""
@@ -285,10 +282,6 @@ class Life:
         assert newest >= least, (
             f"{fault.name}: {newest} is whole, {before} was, of {done}\n{launch.output()}"
         )
-
-
-def _trains(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
 
 
 def table(rows: list[Row]) -> list[dict[str, Any]]:

@@ -21,14 +21,14 @@ RANK = int(os.environ["RANK"])
 
 def note(what: str, **more: Any) -> None:
     """Append an event; in one piece, so that ranks do not mix theirs."""
-    line = json.dumps({"what": what, "rank": RANK, "at": time.time(), **more}) + "\n"
+    event = {"what": what, "rank": RANK, "pid": os.getpid(), "at": time.time(), **more}
     file = os.open(FOLDER / "events", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    os.write(file, line.encode())
+    os.write(file, f"{json.dumps(event)}\n".encode())
     os.close(file)
 
 
 def main() -> None:
-    note("rank", pid=os.getpid())
+    note("rank")
     from megatron_trinity.training.stop import stopping
 
     with stopping():

@@ -35,13 +35,14 @@ class Launch:
     Attributes:
         folder: of the run's `steps` and `events`; each launch has an output of its own in it.
         how: it was started.
-        began: when, by the clock.
+        began: when its ranks could begin, by the clock.
     """
 
     def __init__(self, folder: Path, how: str, ranks: int, flags: Sequence[str]) -> None:
         self.folder, self.how, self.began = folder, how, time.time()
         folder.mkdir(exist_ok=True)
         self._seen = self._size()
+        self._gone: set[int] = set()
         self._output = folder / f"output-{len(list(folder.glob('output-*')))}"
         variables = {"CHAOS": str(folder)}
         self._process: Any
@@ -81,8 +82,13 @@ class Launch:
             return (self.folder / "events").stat().st_size
         return 0
 
-    def of(self, what: str, since: float = 0.0) -> list[Event]:
-        return [event for event in self.events() if event["what"] == what and event["at"] >= since]
+    def of(self, what: str) -> list[Event]:
+        """Of the ranks that were started last."""
+        return [
+            event
+            for event in self.events()
+            if event["what"] == what and event["pid"] not in self._gone
+        ]
 
     def pids(self) -> dict[int, int]:
         """Rank to process, of those started last."""
@@ -115,6 +121,11 @@ class Launch:
             assert time.monotonic() < deadline, f"processes have not ended:\n{self.output()}"
             time.sleep(0.01)
 
+    def renew(self, pids: Sequence[int]) -> None:
+        """Ranks that are gone; others may follow."""
+        self._gone.update(pids)
+        self.began = time.time()
+
     def output(self) -> str:
         text = self._output.read_text()
         return text[-6000:]
@@ -123,11 +134,12 @@ class Launch:
         """Where the output ends now."""
         return self._output.stat().st_size if self._output.exists() else 0
 
-    def codes(self, mark: int, since: float) -> set[int]:
+    def codes(self, pids: Sequence[int], mark: int) -> set[int]:
         """What ranks have ended with, by their own words and by torchrun's report behind a mark."""
         said = self._output.read_bytes()[mark:].decode(errors="replace")
         report = re.findall(r"^ *exitcode +: (-?\d+)", said, re.MULTILINE)
-        return {int(code) for code in report} | {event["code"] for event in self.of("left", since)}
+        own = {event["code"] for event in self.events() if "code" in event and event["pid"] in pids}
+        return {int(code) for code in report} | own
 
     def kill(self) -> None:
         """Whatever is left of it."""
