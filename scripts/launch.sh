@@ -45,8 +45,8 @@ export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID}
 # A rank is one process of many on its node: threads of its own would fight with the others'.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# A start on other ports: those of torch's store stay with the launch that has died.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+# TORCH_DISABLE_SHARE_RDZV_TCP_STORE stays as it is: torchrun's store outlives rank 0, whose death
+# the others hear of by it; in a store of rank 0 they would not.
 # CUDA_DEVICE_MAX_CONNECTIONS and NCCL_ALGO are the trainer's: it knows the layout and the device.
 
 # The last --save among the arguments, as the trainer reads it.
