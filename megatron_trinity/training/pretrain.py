@@ -29,8 +29,10 @@ from megatron_trinity.training.balance import announce_balance
 from megatron_trinity.training.checkpoints import WholeCheckpoints
 from megatron_trinity.training.data_given import note_data
 from megatron_trinity.training.flops import StepFlops
+from megatron_trinity.training.following import following
 from megatron_trinity.training.forward_step import forward_step
 from megatron_trinity.training.held_save import held_save
+from megatron_trinity.training.launch_store import launch_store
 from megatron_trinity.training.leaving import Leaving
 from megatron_trinity.training.load_paths import goes_on_in_save
 from megatron_trinity.training.micro_batches import MicroBatchRecord
@@ -78,13 +80,14 @@ def _pretrain(argv: Sequence[str] | None, stop: Stop) -> None:
     check_manifests(args, described)
     data = run_data(args, described)
     note_data(args, data)
-    with held_save(args) as held, finished_saves():
+    store = launch_store(args.distributed_timeout_minutes)
+    with following(stop, store), held_save(args, store) as held, finished_saves():
         checked = check_checkpoint(args)
         check_profile(args, start_of(args, checked))
         leave_out_noted(args)
         record, flops = MicroBatchRecord(), StepFlops(args)
         set_flop_counter(flops)
-        leaving, watch = Leaving(args, stop), Watch(args)
+        leaving, watch = Leaving(args, stop), Watch(args, store)
         set_training_hooks(StepObserver(args, record, flops, held, data, leaving, watch))
         set_checkpoint_hooks(WholeCheckpoints(args, checked, held, data))
         set_up_optimizer(args)
@@ -97,6 +100,7 @@ def _pretrain(argv: Sequence[str] | None, stop: Stop) -> None:
                 without_interruption(dataset_provider(data), stop),
                 ModelType.encoder_or_decoder,
                 partial(forward_step, record=record, flops=flops),
+                store=store,
             )
 
 
