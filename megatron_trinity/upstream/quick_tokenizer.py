@@ -16,9 +16,9 @@ ADAPTATION = Adaptation(
     name="quick-tokenizer",
     symbols=("megatron.training.global_vars.build_tokenizer",),
     reason=(
-        "any tokenizer has Megatron import all libraries of tokenizers that are installed, of which "
-        "transformers alone is as much as all of megatron-core, and lists the folders of hundreds "
-        "of models: on every rank, for three numbers"
+        "any tokenizer has Megatron import all libraries of tokenizers that are installed; "
+        "transformers alone takes more than half as long as all of megatron-core, and lists the "
+        "folders of hundreds of models: on every rank, for three numbers"
     ),
     written_for="megatron-core 0.19.2, transformers 5.24",
     remove_when="`build_tokenizer` imports the library that it was asked for, and that is light",

@@ -82,15 +82,13 @@ LEFT: dict[str, Callable[[Path], None]] = {
     "names that differ": lambda folder: rewritten(folder, NAMES, eos_token="<|im_end|>"),
     "a class with code": lambda folder: rewritten(folder, CONFIG, tokenizer_class="LlamaTokenizer"),
     "no class": lambda folder: rewritten(folder, CONFIG, tokenizer_class=None),
-    "a damaged file": lambda folder: (folder / "tokenizer.json").write_text("{"),
+    "a damaged file": lambda folder: rewritten(folder, "tokenizer.json", model=None),
     "no file": lambda folder: (folder / "tokenizer.json").unlink(),
 }
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_numbers_are_megatrons(
-    ranks: RankPools, trained: Path, tmp_path: Path, case: str
-) -> None:
+def test_numbers_are_megatrons(ranks: RankPools, trained: Path, tmp_path: Path, case: str) -> None:
     folder = shutil.copytree(trained, tmp_path / "tokenizer")
     SAME[case](folder)
     numbers = numbers_of(folder)
