@@ -39,6 +39,8 @@ from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
 from megatron_trinity.training.own_time import OwnTime
 from megatron_trinity.training.profiles import check_profile
+from megatron_trinity.training.progress_file import check_progress
+from megatron_trinity.training.restarts import store_of_restart
 from megatron_trinity.training.resume import check_checkpoint, start_of
 from megatron_trinity.training.slow_ranks import SlowRanks
 from megatron_trinity.training.spikes import SKIPPED, noted
@@ -84,6 +86,7 @@ def _pretrain(argv: Sequence[str] | None, stop: Stop) -> None:
     with held_save(args) as held, finished_saves():
         checked = check_checkpoint(args)
         check_profile(args, start_of(args, checked))
+        check_progress(args)
         leave_out_noted(args)
         record, flops = MicroBatchRecord(), StepFlops(args)
         set_flop_counter(flops)
@@ -101,6 +104,7 @@ def _pretrain(argv: Sequence[str] | None, stop: Stop) -> None:
                 without_interruption(dataset_provider(data), stop),
                 ModelType.encoder_or_decoder,
                 timing_reading(step, slow.own) if args.straggler_interval else step,
+                store=store_of_restart(args.distributed_timeout_minutes),
             )
 
 
