@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_trinity.command_line.parser import command_parser
+from megatron_trinity.command_line.parser import command_parser, require_at_least_one
 from megatron_trinity.command_line.quickstart import add_data_argument, data_flags, require_data
 from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
 from megatron_trinity.errors import TrinityError, run_command
@@ -235,8 +235,8 @@ def parse_arguments() -> Namespace:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.starts = arguments.ranks = 1
-    if arguments.starts < 1 or arguments.ranks < 1:
-        parser.error("--starts and --ranks have to be at least 1")
+    require_at_least_one("--starts", arguments.starts)
+    require_at_least_one("--ranks", arguments.ranks)
     if arguments.files and not shutil.which("strace"):
         parser.error("--files needs strace, which is not installed")
     arguments.data = arguments.data.resolve()

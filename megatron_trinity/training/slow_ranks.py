@@ -139,11 +139,11 @@ def event(times: RankTimes) -> dict[str, object]:
     """The same for a machine, with the seconds of every rank."""
     rank = times.slowest
     return {
-        "event": "rank times",
+        "kind": "ranks",
         "iteration": times.iteration,
         "slowest": rank,
         "host": times.hosts[rank],
         "ratio": times.ratios[rank],
-        "ratios by part": times.parts(rank),
+        "parts": times.parts(rank),
         "seconds": times.own,
     }

@@ -178,10 +178,8 @@ def _wait_for(holds: Callable[[], object], launcher: subprocess.Popen[bytes], ou
 
 
 @pytest.mark.slow
-def test_launches_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_of_torchrun(tmp_path: Path) -> None:
     """A second one ends with one line; the first restarts a rank that dies, and goes on at once."""
-    # With a store that outlives its ranks, gloo looks for those that are gone.
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     write_dataset(tmp_path / "data")
     run = tmp_path / "run"
     flags = training_flags(
