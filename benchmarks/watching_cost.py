@@ -139,9 +139,9 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
                 self._speed.log_written()
             watch.step_ended(watched)
 
-        def _write(self, values: Mapping[str, float]) -> None:
+        def _write(self, values: Mapping[str, float], always: bool = False) -> None:
             with watch.part("TensorBoard"):
-                super()._write(values)
+                super()._write(values, always)
 
     def timed_balance(*args: Any) -> Any:
         with watch.part("balancing"):

@@ -36,6 +36,20 @@ class MicroBatchRecord:
         """
         self._rows.append(values)
 
+    def loss(self) -> Tensor:
+        """The mean lm loss of the step's tokens so far, on every rank of the world, the same.
+
+        Collective over all of them; nothing is cleared. A loss stands on each of the
+        tensor-parallel ranks of the last stage, in its sum and in the number of its tokens.
+
+        Returns: `[]` fp64, on the device.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
+        for row in self._rows:
+            sums += row[:2]
+        dist.all_reduce(sums)
+        return sums[0] / sums[1]
+
     def reduce(self, groups: ProcessGroupCollection | None = None) -> dict[str, float]:
         """`step_values` of `gathered`."""
         rows = self.gathered(groups)

@@ -35,7 +35,9 @@ from megatron_trinity.training.host import on_host
 from megatron_trinity.training.leaving import Leaving
 from megatron_trinity.training.metrics import StepMetrics
 from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
-from megatron_trinity.training.spikes import LOSS, NORM, Spikes, on_all_stages
+from megatron_trinity.training.slow_ranks import SlowRanks, ranks_line
+from megatron_trinity.training.slow_ranks import scalars as scalars_of_ranks
+from megatron_trinity.training.spikes import LOSS, NORM, Spikes
 from megatron_trinity.training.step_guard import StepGuard
 from megatron_trinity.training.watch import Watch
 from megatron_trinity.upstream.training_hooks import StepOutcome
@@ -59,14 +61,16 @@ class StepObserver:
         data: RunData | None = None,
         leaving: Leaving | None = None,
         watch: Watch | None = None,
+        slow: SlowRanks | None = None,
     ) -> None:
         """`record` is what the loss function writes to, `flops` what the loop asks.
 
         `held` is `--save` on rank 0: a run that has lost it ends with the next step. `data` is what
         the run reads. `leaving` hears behind each step whether a rank was told to stop; `watch` is
-        told of each step.
+        told of each step; `slow` measures steps.
         """
         self._leaving, self._watch = leaving, watch
+        self._slow = slow or SlowRanks(args)
         self._held = held
         self._data = data
         self._args = args
@@ -89,10 +93,18 @@ class StepObserver:
             self._leaving.step_begins()
         if self._watch is not None:
             self._watch.step_begins(self._iteration)
+        self._slow.step_begins(self._iteration)
+
+    def gradients_ready(self, optimizer: Any) -> None:
+        """Have a step left out whose loss is a spike, for which the host waits."""
+        self._slow.own.part_ends()
+        if self._spikes.leaves_out:
+            self._spikes.loss_known(optimizer, self._record.loss().item())
 
     def step_restarted(self, model: Sequence[Any]) -> None:
         """Forget what the first try has counted."""
         self._forget(model)
+        self._slow.own.forget()
         self._guard.restarted(model)
 
     def step_ended(self, model: Sequence[Any], optimizer: Any, outcome: StepOutcome) -> None:
@@ -102,6 +114,7 @@ class StepObserver:
             StepError: the step was not applied for what it computed, and ends the run.
             TrinityError: another run has taken over `--save`.
         """
+        self._slow.own.part_ends()
         if self._held is not None:
             self._held.check(look=False)
         if self._watch is not None:
@@ -110,13 +123,15 @@ class StepObserver:
         self._losses = {}
         if self._guard.drops(model, outcome):
             self._forget(model)
+            self._slow.own.forget()
             return
         layers = moe_layers(self._args)
         told = None if self._leaving is None else self._leaving.told()
         balance = balance_experts(model, layers, self._args.num_experts, outcome.applied, told)
         metrics, values = self._read(balance, outcome)
+        self._tell_ranks()
         if self._args.spike_factor and outcome.norm is not None:
-            loss = on_all_stages(self._losses.get(LOSS))
+            loss = self._spikes.loss(self._losses.get(LOSS))
             judged = {LOSS: loss, NORM: float(outcome.norm)}
             self._spikes.ends(self._iteration, judged, outcome.applied)
         by_number = by_layer(metrics, layers)
@@ -179,6 +194,13 @@ class StepObserver:
         print_rank_last(data_line(self._iteration, given))
         self._write(scalars(given))
 
+    def _tell_ranks(self) -> None:
+        """Name the slowest rank, where ranks are compared behind this step."""
+        times = self._slow.step_read(self._iteration)
+        if times is not None:
+            print_rank_last(ranks_line(times))
+            self._write(scalars_of_ranks(times), always=True)
+
     def _forget(self, model: Sequence[Any]) -> None:
         forget_counts(model)
         self._record.clear()
@@ -216,9 +238,10 @@ class StepObserver:
         values = {} if rows is None else step_values(read[-1])
         return metrics, values
 
-    def _write(self, values: Mapping[str, float]) -> None:
+    def _write(self, values: Mapping[str, float], always: bool = False) -> None:
         tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
-        if tensorboard and self._iteration % self._args.tensorboard_log_interval == 0:
+        due = always or self._iteration % self._args.tensorboard_log_interval == 0
+        if tensorboard and due:
             for name, value in values.items():
                 tensorboard.add_scalar(name, value, self._iteration)
         if wandb:

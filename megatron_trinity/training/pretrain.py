@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron.core.enums import ModelType
 from megatron.training.async_utils import maybe_finalize_async_save
@@ -38,8 +39,11 @@ from megatron_trinity.training.load_paths import goes_on_in_save
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
+from megatron_trinity.training.own_time import OwnTime
 from megatron_trinity.training.profiles import check_profile
+from megatron_trinity.training.progress_file import check_progress
 from megatron_trinity.training.resume import check_checkpoint, start_of
+from megatron_trinity.training.slow_ranks import SlowRanks
 from megatron_trinity.training.spikes import SKIPPED, noted
 from megatron_trinity.training.stop import Stop, stopping
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
@@ -84,22 +88,24 @@ def _pretrain(argv: Sequence[str] | None, stop: Stop) -> None:
     with following(stop, store), held_save(args, store) as held, finished_saves():
         checked = check_checkpoint(args)
         check_profile(args, start_of(args, checked))
+        check_progress(args)
         leave_out_noted(args)
         record, flops = MicroBatchRecord(), StepFlops(args)
         set_flop_counter(flops)
-        leaving, watch = Leaving(args, stop), Watch(args, store)
-        set_training_hooks(StepObserver(args, record, flops, held, data, leaving, watch))
+        leaving, watch, slow = Leaving(args, stop), Watch(args, store), SlowRanks(args)
+        set_training_hooks(StepObserver(args, record, flops, held, data, leaving, watch, slow))
         set_checkpoint_hooks(WholeCheckpoints(args, checked, held, data))
         set_up_optimizer(args)
         with refusing("the model cannot be configured"):
             model_config = model_config_from_args(args)
         model_config.pre_wrap_hooks.append(partial(announce_balance, args))
-        with watch.watching(), leaving.with_its_code():
+        step = partial(forward_step, record=record, flops=flops)
+        with watch.watching(), leaving.with_its_code(), slow.own.until_the_end():
             megatron_pretrain(
                 container_from_args(args, model_config),
                 without_interruption(dataset_provider(data), stop),
                 ModelType.encoder_or_decoder,
-                partial(forward_step, record=record, flops=flops),
+                timing_reading(step, slow.own) if args.straggler_interval else step,
                 store=store,
             )
 
@@ -121,6 +127,15 @@ def without_interruption[**P, T](function: Callable[P, T], stop: Stop) -> Callab
             return function(*args, **kwargs)
 
     return finished
+
+
+def timing_reading(step: Callable[..., Any], own: OwnTime) -> Callable[..., Any]:
+    """`step`, whose samples count as read in the own time of a rank."""
+
+    def timed(data_iterator: Any, *args: Any) -> Any:
+        return step(own.reading(data_iterator), *args)
+
+    return timed
 
 
 @contextmanager

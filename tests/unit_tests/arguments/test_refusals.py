@@ -290,6 +290,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "spike-window": [{"spike_window": 3}],
     "spike-skips": [{"spike_skips": 0}],
     "skip-nonfinite-steps": [{"skip_nonfinite_steps": -1}],
+    "log-progress": [{"log_progress": True}],
     "wandb-unused": [{"wandb_exp_name": "a"}, {"wandb_save_dir": "a"}, {"wandb_entity": "a"}],
     "wandb-name": [{"wandb_project": "a", "wandb_save_dir": "b"}],
     "wandb-directory": [{"wandb_project": "a", "wandb_exp_name": "b"}],
