@@ -55,13 +55,13 @@ CHECKPOINT_ARGS=(
     --save "$run/checkpoints"
     --load "$run/checkpoints"
     --save-interval "$ITERATIONS"
+    --run-dir "$run"
     --tensorboard-dir "$run/tensorboard"
 )
 
 saved_iteration() { cat "$run/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0; }
 
-# Train up to iteration $1; the further arguments go to the trainer. The whole output is kept in a
-# file, what a newcomer wants to see of it is shown.
+# Train up to iteration $1; the further arguments go to the trainer. The output is kept in a file.
 train_to() {
     local last=$1
     shift
@@ -71,8 +71,7 @@ train_to() {
     fi
     if ! torchrun --nproc-per-node 2 pretrain_trinity.py --preset tiny \
         "${DATA_ARGS[@]}" "${TRAINING_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" "$@" 2>&1 |
-        tee -a "$run/training.log" |
-        sed -u -n -E 's/.*(iteration +[0-9]+\/.*)/\1/p; /validation loss|saved checkpoint|^error/p'; then
+        tee -a "$run/training.log"; then
         echo "training failed; the end of $run/training.log:" >&2
         tail -n 20 "$run/training.log" >&2
         return 1
