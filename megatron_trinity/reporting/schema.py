@@ -86,7 +86,7 @@ KINDS: dict[str, Kind] = {
         "with each warning about the run",
         {
             "iteration": "of the step; null outside of steps",
-            "what": "`climb`, `spike`, `not finite`, `hang`, `rank lost`, or another word",
+            "what": "`climb`, `spike`, `not finite`, `signal`, `hang`, `rank lost`, or another",
             "line": "as it is printed",
         },
     ),
