@@ -161,7 +161,7 @@ def train(plan: Plan, rule: str) -> None:
         for line in process.stdout:
             file.write(line)
             file.flush()
-            found = re.search(r"iteration +(\d+)/", line)
+            found = re.match(r" +(\d+)/\d+ ", line)
             if found:
                 step = int(found[1])
                 progress.update(task, completed=step)

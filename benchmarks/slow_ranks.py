@@ -65,7 +65,7 @@ def rank() -> None:
             seconds = time.process_time() - self._began
             steps.append((is_measured(iteration), seconds, marks))
 
-    pretrain.SlowRanks = EverySecond  # type: ignore[misc,assignment]
+    pretrain.SlowRanks = EverySecond  # type: ignore[misc]
     pretrain.pretrain()
     if os.environ["RANK"] == "0":
         Path(os.environ[RESULT]).write_text(json.dumps([steps, seconds_of_a_call()]))

@@ -46,6 +46,7 @@ MARKERS = {
     "ranks": ("distributed",),
     "te_ranks": ("te", "distributed"),
     "dali_ranks": ("dali", "distributed"),
+    "browser": ("browser",),
 }
 """Of the tests that use a fixture."""
 

@@ -15,6 +15,18 @@ def add_monitoring_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags to `parser`."""
     group = parser.add_argument_group(title="trinity monitoring")
     group.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="where the run keeps events.jsonl and arguments.yaml (default: that of --save, or "
+        "else of --tensorboard-dir; without one there are none)",
+    )
+    group.add_argument(
+        "--verbose-log",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="print what Megatron prints: each argument at start, and its lines of steps",
+    )
+    group.add_argument(
         "--alarm-window",
         type=int,
         default=100,

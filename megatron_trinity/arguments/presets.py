@@ -83,11 +83,15 @@ def apply_preset(
             action = parser._option_string_actions.get(option)
             if action is None or (option in trinity_flags) != (block == "trinity"):
                 raise UsageError(f"{where} is not a {block} flag")
-            parser.set_defaults(**{action.dest: _default(action, option, value, where)})
+            parser.set_defaults(**{action.dest: preset_default(action, option, value, where)})
 
 
-def _default(action: argparse.Action, option: str, value: Any, where: str) -> Any:
-    """The default that makes `action` behave as if the command line had given `value`."""
+def preset_default(action: argparse.Action, option: str, value: Any, where: str) -> Any:
+    """The default that makes `action` behave as if the command line had given `value`.
+
+    Raises:
+        UsageError: the value does not fit; `where` says of what.
+    """
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise UsageError(f"{where} is a switch; give true or false")

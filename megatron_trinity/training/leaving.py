@@ -18,6 +18,7 @@ from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_trinity.errors import Stopped
+from megatron_trinity.reporting.events import alarm
 from megatron_trinity.training.stop import DURATION, Reason, Stop
 
 
@@ -72,7 +73,9 @@ class Leaving:
         if self._args.save and not saved:
             save()
         what = "saved" if self._args.save else "nothing is saved, without --save"
-        print_rank_0(f"stopped by {self.agreed.words} behind iteration {iteration}: {what}")
+        line = f"stopped by {self.agreed.words} behind iteration {iteration}: {what}"
+        print_rank_0(line)
+        alarm("signal", line, iteration)
         return True
 
     @contextmanager

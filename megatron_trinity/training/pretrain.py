@@ -33,11 +33,13 @@ from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.following import following
 from megatron_trinity.training.forward_step import forward_step
 from megatron_trinity.training.held_save import held_save
+from megatron_trinity.training.journal import Journal
 from megatron_trinity.training.launch_store import launch_store
 from megatron_trinity.training.leaving import Leaving
 from megatron_trinity.training.load_paths import goes_on_in_save
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 from megatron_trinity.training.observer import StepObserver
+from megatron_trinity.training.opening import opening, print_opening
 from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
 from megatron_trinity.training.own_time import OwnTime
 from megatron_trinity.training.profiles import check_profile
@@ -52,6 +54,7 @@ from megatron_trinity.training.weights_and_biases import telling_wandb
 from megatron_trinity.upstream.assertions import refusing
 from megatron_trinity.upstream.checkpoint_hooks import set_checkpoint_hooks
 from megatron_trinity.upstream.flops import set_flop_counter
+from megatron_trinity.upstream.output import megatron_held_back, show_megatron
 from megatron_trinity.upstream.training_hooks import set_training_hooks
 
 
@@ -68,17 +71,25 @@ def pretrain(argv: Sequence[str] | None = None) -> None:
 
 
 def _pretrain(argv: Sequence[str] | None, stop: Stop) -> None:
-    args = parse_arguments(argv)
-    stop.within = args.exit_within
-    stop.also(args.exit_signal)
-    check_launch()
+    with megatron_held_back():
+        args = parse_arguments(argv)
+        show_megatron(args)
+        stop.within = args.exit_within
+        stop.also(args.exit_signal)
+        check_launch()
+        journal = Journal(args, argv)
+        with journal.kept():
+            _train(args, stop, journal)
+
+
+def _train(args: Namespace, stop: Stop, journal: Journal) -> None:
     for note in (*machine_notes(args), *data_notes(args)):
         print_rank_0(note)
     for note in stage_notes(args):
         print_rank_0(f"WARNING: {note}")
     described = check_data(args)
     check_tokenizer_path(args)
-    with telling_wandb(), refusing("the run cannot be set up"):
+    with telling_wandb(args), refusing("the run cannot be set up"):
         set_global_variables(args)
     settle_vocabulary(args)
     check_manifests(args, described)
@@ -90,10 +101,13 @@ def _pretrain(argv: Sequence[str] | None, stop: Stop) -> None:
         check_profile(args, start_of(args, checked))
         check_progress(args)
         leave_out_noted(args)
+        if args.rank == 0 and not args.verbose_log:
+            print_opening(opening(args, data, start_of(args, checked)))
         record, flops = MicroBatchRecord(), StepFlops(args)
         set_flop_counter(flops)
         leaving, watch, slow = Leaving(args, stop), Watch(args, store), SlowRanks(args)
-        set_training_hooks(StepObserver(args, record, flops, held, data, leaving, watch, slow))
+        observer = StepObserver(args, record, flops, held, data, leaving, watch, slow, journal)
+        set_training_hooks(observer)
         set_checkpoint_hooks(WholeCheckpoints(args, checked, held, data))
         set_up_optimizer(args)
         with refusing("the model cannot be configured"):

@@ -18,6 +18,7 @@ from megatron.training.utils import print_rank_last
 
 from megatron_trinity.checkpoint.iterations import newest_saved, number_of
 from megatron_trinity.errors import SpikeError, StepError
+from megatron_trinity.reporting.events import alarm
 from megatron_trinity.upstream.checkpoint_tracker import replacing
 
 SKIPPED = "skipped_steps.json"
@@ -106,6 +107,7 @@ class Spikes:
         if self._in_a_row > self._args.spike_skips:
             raise StepError(f"{what}; more than --spike-skips {self._args.spike_skips} in a row")
         print_rank_last(f"WARNING: {what}; {action}")
+        alarm("spike", f"{what}; {action}", iteration)
 
     def _note(self, values: Mapping[str, float]) -> None:
         # New lists: what writes a checkpoint may be reading the old ones.

@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from megatron_trinity import exits
 from megatron_trinity.errors import Stopped
+from megatron_trinity.reporting.events import note
 
 WITHIN, AT_START = 120.0, 5.0
 """Seconds from a signal to the end of the process: by default, and before the first step."""
@@ -215,6 +216,7 @@ def stopping() -> Iterator[Stop]:
 
 def leave(line: str, code: int) -> NoReturn:
     """End the process now, whatever its threads wait for."""
+    note({"kind": "end", "iteration": None, "code": code, "line": line})
     with suppress(Exception):
         rank = os.environ.get("RANK", "0")
         if line:

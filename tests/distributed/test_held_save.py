@@ -23,7 +23,7 @@ from megatron_trinity.training.held_save import LAST_WORDS, by_store
 from tests.broken_runs import POINTER, STEPS, Outcome, flags_of, listing, train
 from tests.distributed.pool import RankPools
 from tests.distributed.test_launcher import LIMIT, launch
-from tests.trainer import training_flags, write_dataset
+from tests.trainer import steps_of, training_flags, write_dataset
 
 
 def _another_takes_over(run: Path) -> None:
@@ -162,10 +162,6 @@ def test_ranks_hear_by_the_store_of_their_launch(fault: str) -> None:
             assert [future.result() for future in others] == [fault] * 3
 
 
-def _steps(output: Path) -> list[int]:
-    return [int(number) for number in re.findall(r"iteration +(\d+)/", output.read_text())]
-
-
 def _wait_for(holds: Callable[[], object], launcher: subprocess.Popen[bytes], output: Path) -> None:
     began = time.monotonic()
     while not holds():
@@ -198,9 +194,9 @@ def test_launches_of_torchrun(tmp_path: Path) -> None:
 
         os.kill(pid, signal.SIGKILL)
         _wait_for(lambda: "has ended: it is taken over" in output.read_text(), launcher, output)
-        before = len(_steps(output))
-        _wait_for(lambda: len(_steps(output)) > before + 1, launcher, output)
-        assert _steps(output)[-1] > _steps(output)[0]
+        before = len(steps_of(run))
+        _wait_for(lambda: len(steps_of(run)) > before + 1, launcher, output)
+        assert steps_of(run)[-1] > steps_of(run)[0]
     finally:
         if launcher.poll() is None:
             launcher.terminate()

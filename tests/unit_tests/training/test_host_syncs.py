@@ -95,7 +95,7 @@ def adding_up(rank: int, world_size: int) -> tuple[dict[str, int], list[float]]:
     timer = Timer("interval-time")
     timer.start()
     averages: list[float] = []
-    hooks = Namespace(values=lambda: {"lm loss": 0.1, "speed": 3.0}, log_written=lambda: None)
+    hooks = Namespace(values=lambda: {"lm loss": 0.1, "speed": 3.0}, log_written=lambda _: None)
     before = training_hooks._hooks
     training_hooks.set_training_hooks(hooks)
     try:
