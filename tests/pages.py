@@ -20,6 +20,7 @@ from megatron_trinity.arguments.verdicts.table import Example, same_answer, work
 from megatron_trinity.planning.layouts import RECOMMENDED
 from megatron_trinity.upstream.adaptations import ADAPTATIONS, MODULES
 from tests.distributed.layouts import FEATURES, LAYOUTS, MAX_RANKS, cannot_meet, ranks_of
+from tests.package_map import map_page
 from tests.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -236,6 +237,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield DOCS / "flags.md", flags()
     yield DOCS / "layouts.md", layouts()
     yield DOCS / "upstream.md", upstream()
+    yield DOCS / "map.md", map_page()
 
 
 if __name__ == "__main__":
