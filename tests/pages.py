@@ -22,6 +22,7 @@ from megatron_trinity.upstream.adaptations import ADAPTATIONS, MODULES
 from tests.distributed.layouts import FEATURES, LAYOUTS, MAX_RANKS, cannot_meet, ranks_of
 from tests.package_map import map_page
 from tests.paths import ROOT
+from tests.verification import verification_page
 
 DOCS = ROOT / "docs"
 
@@ -238,6 +239,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield DOCS / "layouts.md", layouts()
     yield DOCS / "upstream.md", upstream()
     yield DOCS / "map.md", map_page()
+    yield DOCS / "verification.md", verification_page()
 
 
 if __name__ == "__main__":
