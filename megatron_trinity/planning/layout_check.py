@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from megatron_trinity.model.boxes import Box, cover
-from megatron_trinity.planning.fake_ranks import BuiltRank, Chunk, stage_ranks
+from megatron_trinity.planning.fake_ranks import BuiltRank, stage_ranks
 from megatron_trinity.planning.flops import forward_flops, pairs_of_layers, stage_flops
 from megatron_trinity.planning.parameters import total_parameters, training_state_bytes
 from megatron_trinity.planning.sizes import ModelSizes
+from megatron_trinity.planning.stages import Chunk
 
 BALANCE = 0.10
 """How far from the mean the FLOPs of a pipeline stage may be."""
