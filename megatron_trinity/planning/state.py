@@ -7,7 +7,7 @@ laid out here by the functions that lay them out in training.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,9 @@ from megatron_trinity.planning.stages import Chunk
 
 FP32 = 4
 MOMENTS = {"muon": 1, "adamw": 2}
+ROUNDED = ("attention", "dense", "experts")
+"""Optimizer groups whose products may be in FP8."""
+BLOCK_SCALE_BYTES = {"blockwise": FP32 / 128**2, "mxfp8": 1 / 32}
 STEP = 4
 """Of each tensor that AdamW updates torch keeps the number of steps, in fp32."""
 
@@ -86,6 +89,16 @@ def bucket_size(args: Namespace, stage: int, chunk: int, parameters: int) -> int
     of_stage = args.world_size // args.pipeline_model_parallel_size
     ranks = of_stage // args.tensor_model_parallel_size
     return args.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
+
+
+def copies_in_fp8(args: Namespace, parameters: Iterable[RankParameter]) -> int:
+    """Bytes of what Transformer Engine's layers keep of their weights between micro-batches: one
+    copy for each way in which a product reads it."""
+    if not args.fp8:
+        return 0
+    rounded = [p.numel for p in parameters if p.group in ROUNDED]
+    scales = BLOCK_SCALE_BYTES.get(args.fp8_recipe, 0)
+    return int(2 * sum(rounded) * (1 + scales))
 
 
 @dataclass
