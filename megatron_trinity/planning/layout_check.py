@@ -39,7 +39,7 @@ class Stage:
     @property
     def holds(self) -> str:
         """For example `embedding, 1-4; 33-36`: a virtual stage between semicolons."""
-        return "; ".join(_describe(chunk) for chunk in self.chunks)
+        return "; ".join(describe(chunk) for chunk in self.chunks)
 
 
 class LayoutCheck:
@@ -162,7 +162,8 @@ class LayoutCheck:
                 yield f"{key}: some values are on {fewest} ranks, others on {most}"
 
 
-def _describe(chunk: Chunk) -> str:
+def describe(chunk: Chunk) -> str:
+    """For example `embedding, 1-4`."""
     parts = []
     if chunk.has_embedding:
         parts.append("embedding")

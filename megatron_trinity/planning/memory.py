@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_trinity.optimizer.muon import BATCH_ELEMENTS, BATCH_SHARE
@@ -13,7 +12,7 @@ from megatron_trinity.planning.kernels import Kernels
 from megatron_trinity.planning.rank_parameters import RankParameter, optimizer_kinds
 from megatron_trinity.planning.schedule import Moment, passes
 from megatron_trinity.planning.sizes import LayerKind
-from megatron_trinity.planning.stages import Chunk, stage_chunks
+from megatron_trinity.planning.stages import Chunk, stage_chunks, unlike_stages
 from megatron_trinity.planning.state import (
     StageState,
     StateBytes,
@@ -53,23 +52,24 @@ class StageMemory:
         return self.state.total + self.copies + self.kept.total() + self.working
 
 
-def stage_memories(args: Namespace, kernels: Kernels) -> list[StageMemory]:
-    """Of every stage."""
+def stage_memories(args: Namespace, kernels: Kernels, exact: bool = True) -> list[StageMemory]:
+    """Of every stage; not `exact` of those that differ, without the padding of buffers."""
+    stages = stage_chunks(args)
     return [
-        stage_memory(args, kernels, stage, chunks)
-        for stage, chunks in enumerate(stage_chunks(args))
+        stage_memory(args, kernels, stage, chunks, exact)
+        for stage, chunks in (enumerate(stages) if exact else unlike_stages(stages))
     ]
 
 
 def stage_memory(
-    args: Namespace, kernels: Kernels, stage: int, chunks: tuple[Chunk, ...]
+    args: Namespace, kernels: Kernels, stage: int, chunks: tuple[Chunk, ...], exact: bool = True
 ) -> StageMemory:
     """Of one."""
     state = StageState(args, stage, chunks)
     activations = Activations(args, kernels)
     held = [activations.chunk(chunk) for chunk in chunks]
     work = [chunk_work(activations, chunk) for chunk in chunks]
-    owned = [parameter for chunk in state.parameters for parameter in chunk]
+    owned = state.counted
 
     def size(moment: Moment) -> int:
         kept = sum(n * of.total() for n, of in zip(moment.in_flight, held, strict=True))
@@ -77,7 +77,8 @@ def stage_memory(
 
     worst = max(passes(args, stage, len(chunks)), key=size)
     in_optimizer = muon_work(args, owned)
-    common = (stage, chunks, state.numel, state.fullest(), copies_in_fp8(args, owned))
+    held_state = state.fullest() if exact else state.about()
+    common = (stage, chunks, state.numel, held_state, copies_in_fp8(args, owned))
     if in_optimizer > size(worst):
         return StageMemory(*common, Counter(), in_optimizer, "the optimizer's step")
     kept: Counter[str] = Counter({"angles of RoPE": activations.rope})
@@ -151,14 +152,15 @@ def head_work(activations: Activations) -> int:
     return int(chunk * width * of_logit + of_hidden + weight)
 
 
-def muon_work(args: Namespace, parameters: Sequence[RankParameter]) -> int:
+def muon_work(args: Namespace, parameters: Counter[RankParameter]) -> int:
     """What Muon's step has at once: its largest batch of matrices, and the iteration's own."""
     kinds, ranks = optimizer_kinds(args), data_ranks(args)
     largest = 0
     for routed in (False, True):
         held = [p for p in parameters if p.routed == routed and kinds[p.group] == "muon"]
         shards = (ranks.experts if routed else ranks.dense) if is_sharded(args) else 1
-        limit = min(sum(p.numel for p in held) // shards // BATCH_SHARE, BATCH_ELEMENTS)
+        total = sum(parameters[p] * p.numel for p in held)
+        limit = min(total // shards // BATCH_SHARE, BATCH_ELEMENTS)
         for parameter in held:
             matrix = max(_matrix(args, parameter), 1)
             largest = max(largest, max(1, limit // matrix) * matrix)

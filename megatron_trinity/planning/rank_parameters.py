@@ -7,8 +7,9 @@ expert, v padded vocabulary; over tensor-parallel ranks t, of experts u.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_trinity.optimizer.layout import OWN_BUFFERS
@@ -44,6 +45,17 @@ def chunk_parameters(args: Namespace, chunk: Chunk) -> list[RankParameter]:
         found += _layer(args, sizes, kind)
     if chunk.has_lm_head:
         found += [RankParameter("gains", (h,)), RankParameter("output", (rows, h))]
+    return found
+
+
+def counted_parameters(args: Namespace, chunk: Chunk) -> Counter[RankParameter]:
+    """The same without their order: how many there are of each."""
+    found = Counter(chunk_parameters(args, replace(chunk, layers=())))
+    sizes = ModelSizes.from_args(args)
+    for kind, number in Counter(kind.is_moe for kind in chunk.kinds).items():
+        layer = Counter(_layer(args, sizes, LayerKind(is_global=False, is_moe=kind)))
+        for parameter, times in layer.items():
+            found[parameter] += number * times
     return found
 
 

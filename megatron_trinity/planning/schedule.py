@@ -43,9 +43,12 @@ def warm_up(args: Namespace, stage: int, chunks: int, number: int) -> int:
 
 
 def passes(args: Namespace, stage: int, chunks: int) -> Iterator[Moment]:
-    """All passes of a step, in order: warm-up, one forward and one backward in turn, the rest."""
-    number = micro_batches(args)
+    """The passes of a step, in order: warm-up, one forward and one backward in turn, the rest.
+
+    Of many micro-batches as many as fill the pipeline: what follows is the same again.
+    """
     group = args.microbatch_group_size_per_vp_stage or args.pipeline_model_parallel_size
+    number = min(micro_batches(args), 4 * max(group, args.pipeline_model_parallel_size))
     forward = _order(number, chunks, group)
     backward = [chunks - 1 - chunk for chunk in forward]
     ahead = warm_up(args, stage, chunks, number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,15 @@ def stage_chunks(args: Namespace) -> list[tuple[Chunk, ...]]:
         )
 
     return [tuple(chunk(stage, number) for number in range(virtual)) for stage in range(stages)]
+
+
+def unlike_stages(stages: Sequence[tuple[Chunk, ...]]) -> list[tuple[int, tuple[Chunk, ...]]]:
+    """The first of those that hold the same kinds of layers, which has most in flight."""
+    found: dict[object, tuple[int, tuple[Chunk, ...]]] = {}
+    for number, chunks in enumerate(stages):
+        key = tuple((sorted(map(str, c.kinds)), c.has_embedding, c.has_lm_head) for c in chunks)
+        found.setdefault(str(key), (number, chunks))
+    return list(found.values())
 
 
 def _layout(args: Namespace) -> Any:

@@ -7,8 +7,9 @@ laid out here by the functions that lay them out in training.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,10 @@ from megatron_trinity.optimizer.layout import parameter_layout
 from megatron_trinity.planning.rank_parameters import (
     RankParameter,
     chunk_parameters,
+    counted_parameters,
     meta_parameters,
+    model_dtype,
+    optimizer_kinds,
 )
 from megatron_trinity.planning.stages import Chunk
 
@@ -91,32 +95,38 @@ def bucket_size(args: Namespace, stage: int, chunk: int, parameters: int) -> int
     return args.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
 
 
-def copies_in_fp8(args: Namespace, parameters: Iterable[RankParameter]) -> int:
+def copies_in_fp8(args: Namespace, parameters: Counter[RankParameter]) -> int:
     """Bytes of what Transformer Engine's layers keep of their weights between micro-batches: one
     copy for each way in which a product reads it."""
     if not args.fp8:
         return 0
-    rounded = [p.numel for p in parameters if p.group in ROUNDED]
+    rounded = [number * p.numel for p, number in parameters.items() if p.group in ROUNDED]
     scales = BLOCK_SCALE_BYTES.get(args.fp8_recipe, 0)
     return int(2 * sum(rounded) * (1 + scales))
 
 
-@dataclass
+@dataclass(frozen=True)
 class StageState:
     """What the ranks of a pipeline stage hold: the same parameters, other shards of state."""
 
     args: Namespace
     stage: int
     chunks: Sequence[Chunk]
-    parameters: list[list[RankParameter]] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.parameters = [chunk_parameters(self.args, chunk) for chunk in self.chunks]
+    @cached_property
+    def parameters(self) -> list[list[RankParameter]]:
+        """Of each chunk, in order."""
+        return [chunk_parameters(self.args, chunk) for chunk in self.chunks]
 
-    @property
+    @cached_property
+    def counted(self) -> Counter[RankParameter]:
+        """How many there are of each."""
+        return sum((counted_parameters(self.args, c) for c in self.chunks), Counter())
+
+    @cached_property
     def numel(self) -> int:
         """Parameters of a rank."""
-        return sum(parameter.numel for chunk in self.parameters for parameter in chunk)
+        return sum(number * parameter.numel for parameter, number in self.counted.items())
 
     def of_rank(self, dense: int, experts: int) -> StateBytes:
         """Args: dense, experts: number of the rank in the groups of `data_ranks`."""
@@ -132,6 +142,23 @@ class StageState:
             for key, layout in self.buffers
         )
         return StateBytes(weights, gradients, state, padding)
+
+    def about(self) -> StateBytes:
+        """Of a rank, were there no padding and equal shards: quickly, to compare layouts."""
+        kinds, ranks = optimizer_kinds(self.args), data_ranks(self.args)
+        dtype = model_dtype(self.args).itemsize
+        weights = gradients = state = 0
+        for parameter, number in self.counted.items():
+            numel = number * parameter.numel
+            each = FP32 if parameter.group == "gains" else dtype
+            weights += each * numel
+            summed = FP32 if self.args.accumulate_allreduce_grads_in_fp32 else each
+            gradients += summed * numel
+            moments = MOMENTS[kinds[parameter.group]] if self.args.optimizer == "muon" else 2
+            shards = ranks.experts if parameter.routed else ranks.dense
+            of_state = FP32 * (moments + (each != FP32)) * numel
+            state += of_state // (shards if is_sharded(self.args) else 1)
+        return StateBytes(weights, gradients, state, 0)
 
     def fullest(self) -> StateBytes:
         """Of the rank with most."""

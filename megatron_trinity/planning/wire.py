@@ -115,6 +115,21 @@ def data_traffic(args: Namespace, state: StageState) -> Iterator[Traffic]:
         yield Traffic(ALL_GATHER, group, size, weights, calls, bool(args.overlap_param_gather))
 
 
+def about_data_traffic(args: Namespace, state: StageState) -> Iterator[Traffic]:
+    """The same without the padding and the number of buckets; of sharded state."""
+    ranks, held = data_ranks(args), state.about()
+    routed = sum(number * p.numel for p, number in state.counted.items() if p.routed)
+    share = routed / state.numel
+    for group, size, part in (
+        (DATA, ranks.dense, 1 - share),
+        (EXPERT_DATA, ranks.experts, share),
+    ):
+        hidden = bool(args.overlap_grad_reduce)
+        yield Traffic(REDUCE_SCATTER, group, size, int(part * held.gradients), 1, hidden)
+        weights = int(part * held.weights) // size
+        yield Traffic(ALL_GATHER, group, size, weights, 1, bool(args.overlap_param_gather))
+
+
 def pipeline_traffic(activations: Activations, stage: int, chunks: int) -> Iterator[Traffic]:
     """Hidden states to the next stage, their gradients to the one before, of one micro-batch."""
     stages = activations.args.pipeline_model_parallel_size

@@ -10,7 +10,7 @@ import pytest
 from megatron_trinity.arguments.precision import FP8_WORDS
 from megatron_trinity.planning.activations import Activations
 from megatron_trinity.planning.kernels import on_gpu
-from megatron_trinity.planning.rank_parameters import chunk_parameters
+from megatron_trinity.planning.rank_parameters import counted_parameters
 from megatron_trinity.planning.stages import stage_chunks
 from megatron_trinity.planning.state import copies_in_fp8
 from tests.distributed.pool import RankPools
@@ -52,7 +52,7 @@ def engine(rank: int, world_size: int, flags: tuple[str, ...]) -> Any:
     modules = args.recompute_modules if args.recompute_granularity else ()
     layers = {str(n): activations.layer(kind, modules).total() for n, kind in chunk.layers}
     found = {"copies": copies, **{place: real[place] for place in layers}}
-    return {"copies": copies_in_fp8(args, chunk_parameters(args, chunk)), **layers}, found
+    return {"copies": copies_in_fp8(args, counted_parameters(args, chunk)), **layers}, found
 
 
 @pytest.mark.parametrize("name", ENGINE)
