@@ -2,8 +2,8 @@
 
 One run of the real trainer on one rank: pairs of neighbouring steps, one of each kind, the order
 turned around from pair to pair. Watching is the record of micro-batches, speed and memory, load
-metrics, alarms, the lines in the log and TensorBoard's scalars. The experts are balanced in every
-step, and Megatron's own line and scalars are written in every step.
+metrics, alarms, the lines on the console, `events.jsonl` and TensorBoard's scalars. The experts are
+balanced in every step, and Megatron's own line and scalars are written in every step.
 """
 
 from __future__ import annotations
@@ -130,18 +130,22 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
             with watch.part("log"):
                 return super().values()
 
-        def log_written(self) -> None:
+        def log_written(self, logged: Mapping[str, float]) -> None:
             watched = is_watched(self._iteration)
             if watched:
                 with watch.part("log"):
-                    super().log_written()
+                    super().log_written(logged)
             else:
                 self._speed.log_written()
             watch.step_ended(watched)
 
-        def _write(self, values: Mapping[str, float]) -> None:
+        def _tell(self, *of_step: Any) -> None:
+            with watch.part("events"):
+                super()._tell(*of_step)
+
+        def _write(self, values: Mapping[str, float], always: bool = False) -> None:
             with watch.part("TensorBoard"):
-                super()._write(values)
+                super()._write(values, always)
 
     def timed_balance(*args: Any) -> Any:
         with watch.part("balancing"):
@@ -154,13 +158,13 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
         return forward_step(iterator, model, record=record if watched else None, flops=flops)
 
     class TimedRecord(pretrain.MicroBatchRecord):
-        def append(self, *args: Any) -> None:
+        def append(self, values: Any) -> None:
             with watch.part("micro-batches"):
-                super().append(*args)
+                super().append(values)
 
-        def totals(self, *args: Any) -> Any:
+        def gathered(self, *args: Any) -> Any:
             with watch.part("micro-batches"):
-                return super().totals(*args)
+                return super().gathered(*args)
 
     # The trainer puts itself together from these names.
     replaced = {
@@ -183,7 +187,8 @@ def watching_alone(parts: Mapping[str, float]) -> dict[str, float]:
         "micro-batches": parts["micro-batches"],
         "load metrics and alarms": parts["step_ended"] - sum(parts[name] for name in inner),
         "TensorBoard": parts["TensorBoard"],
-        "speed, memory and the line in the log": parts["log"],
+        "events.jsonl and the console": parts["events"],
+        "speed, memory and the sources of data": parts["log"] - parts["events"],
     }
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from megatron_trinity.command_line.scalars import Scalars, read_scalars
 from megatron_trinity.errors import TrinityError, run_command
+from megatron_trinity.reporting.history import read_history
 
 PROMPT = "def read(self, path):\n"
 SAMPLE_TOKENS = 80
@@ -60,7 +61,7 @@ def summarize(run: Path) -> dict[str, object]:
         "unigram_entropy": manifest["splits"]["valid"]["unigram_entropy_nats"],
         "tokens_per_second": batch_tokens * len(seconds) / sum(seconds),
         "trained_seconds": sum(seconds),
-        "resumed_at": resumed_at(run / "training.log"),
+        "resumed_at": resumed_at(run),
         "iterations": iterations,
         "hf_dir": str(run / "hf"),
         "sample": generate(run / "hf"),
@@ -75,11 +76,10 @@ def tokens_per_iteration(checkpoints: Path) -> int:
     return int(args.global_batch_size * args.seq_length)
 
 
-def resumed_at(log: Path) -> int | None:
+def resumed_at(run: Path) -> int | None:
     """The iteration of the last checkpoint that the training was resumed from."""
-    marker = "at iteration "
-    lines = [line for line in log.read_text().splitlines() if "successfully loaded" in line]
-    return int(lines[-1].split(marker)[1].split()[0]) if lines else None
+    iterations = [start["iteration"] for start in read_history(run).starts]
+    return next((iteration for iteration in reversed(iterations) if iteration), None)
 
 
 def show(summary: Mapping[str, object]) -> None:

@@ -18,9 +18,13 @@ from megatron_trinity.arguments.verdicts.needs_cuda import NEEDS_CUDA
 from megatron_trinity.arguments.verdicts.refused import REFUSED
 from megatron_trinity.arguments.verdicts.table import Example, same_answer, works
 from megatron_trinity.planning.layouts import RECOMMENDED
+from megatron_trinity.reporting import names
+from megatron_trinity.reporting.schema import KINDS
 from megatron_trinity.upstream.adaptations import ADAPTATIONS, MODULES
 from tests.distributed.layouts import FEATURES, LAYOUTS, MAX_RANKS, cannot_meet, ranks_of
+from tests.package_map import map_page
 from tests.paths import ROOT
+from tests.verification import verification_page
 
 DOCS = ROOT / "docs"
 
@@ -210,6 +214,26 @@ apart, the alltoall dispatcher, AdamW. A "2" or "4" that divides data (EP, ETP) 
 """
 
 
+def log() -> str:
+    """docs/log.md, with its tables."""
+    text = (DOCS / "log.md").read_text()
+    for mark, table in (("events", _events()), ("names", names.table())):
+        before, begin, rest = text.partition(f"<!-- {mark} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        text = before + begin + table + "\n" + end + after
+    return text
+
+
+def _events() -> str:
+    rows = [
+        f"| `{name}` | {kind.when} | "
+        + "; ".join(f"`{field}`: {meaning}" for field, meaning in kind.fields.items())
+        + " |"
+        for name, kind in KINDS.items()
+    ]
+    return "\n".join(["| kind | written | fields |", "|---|---|---|", *rows])
+
+
 def recommended_layouts() -> str:
     """The table of docs/scale.md."""
     rows = [
@@ -236,6 +260,9 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield DOCS / "flags.md", flags()
     yield DOCS / "layouts.md", layouts()
     yield DOCS / "upstream.md", upstream()
+    yield DOCS / "log.md", log()
+    yield DOCS / "map.md", map_page()
+    yield DOCS / "verification.md", verification_page()
 
 
 if __name__ == "__main__":

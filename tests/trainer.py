@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +94,21 @@ def checkpoint_contents(directory: Path, iteration: int) -> dict[str, Tensor]:
     }
     load(tensors, checkpoint_id=path, no_dist=True)
     return tensors
+
+
+def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    """What a run has written of one kind so far, of all its processes, lost steps as well."""
+    try:
+        lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    whole = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [event for event in whole if event["kind"] == kind]
+
+
+def steps_of(run: Path) -> list[int]:
+    """The steps that it has ended so far, likewise."""
+    return [event["iteration"] for event in events_of(run, "step")]
 
 
 def logged(directory: Path, tag: str) -> dict[int, float]:

@@ -15,6 +15,18 @@ def add_monitoring_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags to `parser`."""
     group = parser.add_argument_group(title="trinity monitoring")
     group.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="where the run keeps events.jsonl and arguments.yaml (default: that of --save, or "
+        "else of --tensorboard-dir; without one there are none)",
+    )
+    group.add_argument(
+        "--verbose-log",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="print what Megatron prints: each argument at start, and its lines of steps",
+    )
+    group.add_argument(
         "--alarm-window",
         type=int,
         default=100,
@@ -104,6 +116,12 @@ MONITORING_REFUSALS: tuple[Refusal, ...] = (
         "profile-ranks",
         lambda a: a.profile and not all(0 <= rank < a.world_size for rank in a.profile_ranks),
         "{--profile-ranks=} are not all of this run; use 0 to one below {world_size|their number}",
+    ),
+    Refusal(
+        "log-progress",
+        lambda a: a.log_progress and not a.save,
+        "{--log-progress} writes a file into the folder that {--save} names; give that, or leave "
+        "it out",
     ),
     Refusal(
         "log-memory",

@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import Any, NoReturn
@@ -43,6 +44,7 @@ from megatron_trinity.arguments.refusals import validate
 from megatron_trinity.arguments.router import add_router_arguments
 from megatron_trinity.arguments.schedule import add_schedule_arguments, derive_schedule
 from megatron_trinity.arguments.verdicts.table import off_standard, refuse_flags, standard_values
+from megatron_trinity.arguments.written import Blocks, as_preset
 from megatron_trinity.errors import UsageError
 from megatron_trinity.moe.balancing import SIGN_DEFAULT
 from megatron_trinity.upstream.installed import find_installed
@@ -120,18 +122,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UsageError: anything in it that cannot work, in one line.
     """
-    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.arguments import validate_args
 
     from megatron_trinity.upstream.assertions import refusing
 
-    standard: dict[str, tuple[str, Any]] = {}
-    saved = sys.argv
-    sys.argv = [saved[0], *(saved[1:] if argv is None else argv)]
-    try:
-        args = parse_args(extra_args_provider=partial(_complete_parser, standard))
-    finally:
-        sys.argv = saved
-    given = off_standard(args, standard)
+    args, parsing = _parse(argv)
+    given = off_standard(args, parsing.standard)
     refuse(args, LEAST_REFUSALS)
     derive_data(args)
     derive_model(args)
@@ -153,6 +149,47 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def written_arguments(argv: Sequence[str] | None = None) -> Blocks:
+    """What the command line says with its preset and all defaults, as the blocks of a preset.
+
+    Raises:
+        UsageError: no preset can say it.
+    """
+    args, parsing = _parse(argv)
+    assert parsing.parser is not None
+    return as_preset(parsing.parser, args, parsing.defaults, parsing.trinity_flags)
+
+
+@dataclass
+class _Parsing:
+    """What is known of a parser once it is complete.
+
+    Attributes:
+        parser: with the preset's values as its defaults.
+        defaults: argument to value, without the preset.
+        standard: flag to its argument and what leaves it alone.
+        trinity_flags: those that are not Megatron's.
+    """
+
+    parser: argparse.ArgumentParser | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+    standard: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    trinity_flags: set[str] = field(default_factory=set)
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, _Parsing]:
+    from megatron.training.arguments import parse_args
+
+    parsing = _Parsing()
+    saved = sys.argv
+    sys.argv = [saved[0], *(saved[1:] if argv is None else argv)]
+    try:
+        args = parse_args(extra_args_provider=partial(_complete_parser, parsing))
+    finally:
+        sys.argv = saved
+    return args, parsing
+
+
 def standard_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Megatron's parser with Trinity's flags and defaults, for this machine, without a preset."""
     for add in SUBJECTS:
@@ -168,21 +205,20 @@ def standard_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _complete_parser(
-    standard: dict[str, tuple[str, Any]], parser: argparse.ArgumentParser
-) -> argparse.ArgumentParser:
-    """Add what is Trinity's; `standard` is told what leaves a flag alone, before a preset."""
+def _complete_parser(parsing: _Parsing, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what is Trinity's; `parsing` is told what is known before the preset."""
     megatron_flags = set(parser._option_string_actions)
-    standard_parser(parser)
-    trinity_flags = set(parser._option_string_actions) - megatron_flags
-    standard.update(standard_values(parser))
+    parsing.parser = standard_parser(parser)
+    parsing.trinity_flags = set(parser._option_string_actions) - megatron_flags
+    parsing.standard = standard_values(parser)
+    parsing.defaults = {action.dest: parser.get_default(action.dest) for action in parser._actions}
     parser.description = "Train a Trinity model with Megatron-Core."
     parser.epilog = EXAMPLE
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = lambda message: _usage_error(explain_negation(parser, message))  # type: ignore[method-assign]
     preset = _chosen_preset()
     if preset is not None:
-        apply_preset(parser, preset, trinity_flags)
+        apply_preset(parser, preset, parsing.trinity_flags)
     return parser
 
 

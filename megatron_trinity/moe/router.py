@@ -87,8 +87,8 @@ class TrinityRouter(TopKRouter):
         expert_bias: `[E]` fp32, saved. Moved by `balance` once an optimizer step.
         expert_bias_momentum: `[E]` fp32, saved; with `load_balancing` smebu only.
         tokens_per_expert: `[E]` int64, not saved; tokens that this rank has routed in training
-            since the last `take_counts`. Megatron's own `local_tokens_per_expert` is not used: it
-            is a float, which a bf16 model rounds above 256, and emptied before the step is taken.
+            since the last `take_counts`. Megatron's own `local_tokens_per_expert` is empty: it is
+            a float, which a bf16 model rounds above 256, and forgotten before the step is taken.
         sequence_loss: fp32, not saved; this rank's part of the sequence-wise losses since the last
             `take_sequence_loss`, before the coefficient. Of documents in a sequence it is the mean,
             weighted by their tokens.
@@ -103,6 +103,8 @@ class TrinityRouter(TopKRouter):
         super().__init__(*args, **kwargs)
         # Megatron would move the bias before it is known whether the step is applied.
         self.frozen_expert_bias = True
+        # What it counts with, and empties in every step, a launch for each layer, is not used.
+        self.local_tokens_per_expert = self.expert_bias.new_empty(0)
         counts = torch.zeros_like(self.expert_bias, dtype=torch.int64)
         self.register_buffer("tokens_per_expert", counts, persistent=False)
         momentum = self.config.load_balancing == "smebu"

@@ -36,6 +36,12 @@ def total_parameters(sizes: ModelSizes, vocab_size: int | None = None) -> int:
     return layers + sizes.hidden_size * (2 * vocab_size + 1)
 
 
+def active_parameters(sizes: ModelSizes) -> int:
+    """Those that one token meets: of the routed experts, only the chosen ones."""
+    layers = sum(layer_parameters(sizes, kind, sizes.topk) for kind in sizes.layer_kinds())
+    return layers + sizes.hidden_size * (2 * sizes.vocab_size + 1)
+
+
 def training_state_bytes(
     dense: int,
     expert: int,

@@ -140,11 +140,16 @@ def announce_balance(args: Namespace, model: Sequence[Any]) -> Sequence[Any]:
             f"{int(number)} of {sum(args.moe_layer_freq)} MoE layers have a router that can be "
             "balanced; each needs a TrinityRouter in its layer spec"
         )
-    rule = {
+    if args.verbose_log:
+        print_rank_0(f"> experts of {int(number)} MoE layers: {balance_rule(args)}")
+    return model
+
+
+def balance_rule(args: Namespace) -> str:
+    """In words, how the experts are balanced."""
+    return {
         "sign": f"by the sign rule, step {args.moe_router_bias_update_rate:g}",
         "smebu": f"by SMEBU, kappa {args.smebu_kappa:g}, lambda {args.smebu_lambda:g}, "
         f"beta {args.smebu_beta:g}",
         "none": "not balanced: their expert bias stays as it is",
     }[args.load_balancing]
-    print_rank_0(f"> experts of {int(number)} MoE layers: {rule}")
-    return model

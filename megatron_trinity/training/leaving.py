@@ -18,6 +18,7 @@ from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_trinity.errors import Stopped
+from megatron_trinity.reporting.events import alarm
 from megatron_trinity.training.stop import DURATION, Reason, Stop
 
 
@@ -72,7 +73,9 @@ class Leaving:
         if self._args.save and not saved:
             save()
         what = "saved" if self._args.save else "nothing is saved, without --save"
-        print_rank_0(f"stopped by {self.agreed.words} behind iteration {iteration}: {what}")
+        line = f"stopped by {self.agreed.words} behind iteration {iteration}: {what}"
+        print_rank_0(line)
+        alarm("signal", line, iteration)
         return True
 
     @contextmanager
@@ -90,10 +93,14 @@ class Leaving:
             raise Stopped("", self.agreed.code) from None
 
     def step_begins(self) -> None:
-        """From the first step on there is something to save."""
+        """From the first step on there is something to save.
+
+        Raises:
+            Stopped: a rank was told to stop before it.
+        """
         if not self._begun:
             self._begun = True
-            self._stop.training_begins()
+            self._stop.training_begins(lambda: self.agreed if self.ask() else None)
 
     def _is_late(self) -> bool:
         from megatron.training import training

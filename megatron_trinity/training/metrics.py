@@ -11,6 +11,9 @@ from megatron.training import get_args, get_timers
 
 GIB = 2**30
 
+SPEED, MEMORY = "tokens per second", "peak memory (GiB)"
+THROUGHPUT = "throughput per GPU (TFLOP/s/GPU)"
+
 
 def tokens_per_step() -> int:
     """Tokens in the current global batch."""
@@ -22,6 +25,9 @@ class StepMetrics:
     """Tokens per second over all ranks, their throughput if asked, and the peak memory of this one.
 
     Time is that of Megatron's `interval-time`, which stands still while it saves or evaluates.
+
+    Attributes:
+        seconds: that the newest step took.
     """
 
     def __init__(
@@ -33,14 +39,19 @@ class StepMetrics:
         self._tokens = tokens
         self._flops = flops_per_gpu
         self._elapsed = 0.0  # seconds on the timer when the step began
+        self.seconds = 0.0
 
     def step_ended(self) -> dict[str, float]:
-        """The values of one step."""
-        seconds = self._interval() - self._elapsed
-        values = {"tokens per second": self._tokens() / seconds}
+        """Look at the clock; the values of the step."""
+        self.seconds = self._interval() - self._elapsed
+        return self.values()
+
+    def values(self) -> dict[str, float]:
+        """Of the step that has ended."""
+        values = {SPEED: self._tokens() / self.seconds}
         if self._flops is not None:
-            values["throughput per GPU (TFLOP/s/GPU)"] = self._flops() / seconds / 1e12
-        return {**values, "peak memory (GiB)": torch.cuda.max_memory_allocated() / GIB}
+            values[THROUGHPUT] = self._flops() / self.seconds / 1e12
+        return {**values, MEMORY: torch.cuda.max_memory_allocated() / GIB}
 
     def log_written(self) -> None:
         """Note where the next step begins; a log line may have set the timer back to zero."""

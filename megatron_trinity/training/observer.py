@@ -17,6 +17,8 @@ from megatron_trinity.checkpoint.whole.hold import Hold
 from megatron_trinity.data.run_data import RunData
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.moe.metrics import LoadMetrics, by_layer, load_metrics, summary
+from megatron_trinity.reporting.console import StepValues
+from megatron_trinity.reporting.events import alarm, note
 from megatron_trinity.training.alarm import Alarms
 from megatron_trinity.training.balance import (
     StepBalance,
@@ -32,10 +34,19 @@ from megatron_trinity.training.data_given import (
 )
 from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.host import on_host
+from megatron_trinity.training.journal import Journal
 from megatron_trinity.training.leaving import Leaving
-from megatron_trinity.training.metrics import StepMetrics
+from megatron_trinity.training.metrics import (
+    MEMORY,
+    THROUGHPUT,
+    StepMetrics,
+    tokens_per_step,
+)
 from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
-from megatron_trinity.training.spikes import LOSS, NORM, Spikes, on_all_stages
+from megatron_trinity.training.slow_ranks import SlowRanks, ranks_line
+from megatron_trinity.training.slow_ranks import event as event_of_ranks
+from megatron_trinity.training.slow_ranks import scalars as scalars_of_ranks
+from megatron_trinity.training.spikes import LOSS, NORM, Spikes
 from megatron_trinity.training.step_guard import StepGuard
 from megatron_trinity.training.watch import Watch
 from megatron_trinity.upstream.training_hooks import StepOutcome
@@ -45,9 +56,10 @@ from megatron_trinity.upstream.validation_samples import EvaluatedSet
 class StepObserver:
     """The trainer's `TrainingHooks`.
 
-    Speed, memory and losses go into Megatron's own log line. That line leaves out what is negative,
-    so the values that watch balance and stability have a line of their own beneath it, averaged
-    over the same steps.
+    What is known of a step goes into the journal, TensorBoard and W&B. With `--verbose-log` speed,
+    memory and losses go into Megatron's own log line as well. That line leaves out what is
+    negative, so the values that watch balance and stability have a line of their own beneath it,
+    averaged over the same steps.
     """
 
     def __init__(
@@ -59,14 +71,19 @@ class StepObserver:
         data: RunData | None = None,
         leaving: Leaving | None = None,
         watch: Watch | None = None,
+        slow: SlowRanks | None = None,
+        journal: Journal | None = None,
     ) -> None:
         """`record` is what the loss function writes to, `flops` what the loop asks.
 
         `held` is `--save` on rank 0: a run that has lost it ends with the next step. `data` is what
         the run reads. `leaving` hears behind each step whether a rank was told to stop; `watch` is
-        told of each step.
+        told of each step, `journal` of all that is known of it; `slow` measures steps.
         """
+        self._journal = journal
+        self._layers = moe_layers(args)
         self._leaving, self._watch = leaving, watch
+        self._slow = slow or SlowRanks(args)
         self._held = held
         self._data = data
         self._args = args
@@ -74,13 +91,16 @@ class StepObserver:
         self._flops = flops
         self._guard = StepGuard(args)
         self._spikes = Spikes(args)
-        per_gpu = (lambda: flops.newest / args.world_size) if args.log_throughput else None
-        self._speed = StepMetrics(flops_per_gpu=per_gpu)
+        self._speed = StepMetrics(flops_per_gpu=lambda: flops.newest / args.world_size)
         self._alarms = Alarms(args.alarm_window)
         self._losses: dict[str, float] = {}
         self._sequence_loss: dict[str, float] = {}
         self._interval: list[Mapping[str, float]] = []
         self._rates: Mapping[str, float] = {}
+        self._all_rates: Mapping[str, float] = {}
+        self._applied = False
+        self._balance: tuple[LoadMetrics, Tensor, Tensor] | None = None
+        self._step: dict[str, float] = {}
 
     def step_begins(self, optimizer: Any) -> None:
         """Tell those who watch."""
@@ -89,10 +109,20 @@ class StepObserver:
             self._leaving.step_begins()
         if self._watch is not None:
             self._watch.step_begins(self._iteration)
+        if self._journal is not None and self._journal.iteration is None:
+            self._journal.begins(self._iteration - 1, self._layers)
+        self._slow.step_begins(self._iteration)
+
+    def gradients_ready(self, optimizer: Any) -> None:
+        """Have a step left out whose loss is a spike, for which the host waits."""
+        self._slow.own.part_ends()
+        if self._spikes.leaves_out:
+            self._spikes.loss_known(optimizer, self._record.loss().item())
 
     def step_restarted(self, model: Sequence[Any]) -> None:
         """Forget what the first try has counted."""
         self._forget(model)
+        self._slow.own.forget()
         self._guard.restarted(model)
 
     def step_ended(self, model: Sequence[Any], optimizer: Any, outcome: StepOutcome) -> None:
@@ -102,43 +132,62 @@ class StepObserver:
             StepError: the step was not applied for what it computed, and ends the run.
             TrinityError: another run has taken over `--save`.
         """
+        self._slow.own.part_ends()
         if self._held is not None:
             self._held.check(look=False)
         if self._watch is not None:
             self._watch.step_ends()
         self._rates = other_rates(optimizer.param_groups)
-        self._losses = {}
+        self._all_rates = rates_by_optimizer(optimizer.param_groups)
+        self._losses, self._balance, self._step = {}, None, {}
+        self._applied = outcome.applied
         if self._guard.drops(model, outcome):
             self._forget(model)
+            self._slow.own.forget()
             return
-        layers = moe_layers(self._args)
+        layers = self._layers
         told = None if self._leaving is None else self._leaving.told()
         balance = balance_experts(model, layers, self._args.num_experts, outcome.applied, told)
         metrics, values = self._read(balance, outcome)
+        self._tell_ranks()
         if self._args.spike_factor and outcome.norm is not None:
-            loss = on_all_stages(self._losses.get(LOSS))
+            loss = self._spikes.loss(self._losses.get(LOSS))
             judged = {LOSS: loss, NORM: float(outcome.norm)}
             self._spikes.ends(self._iteration, judged, outcome.applied)
         by_number = by_layer(metrics, layers)
         values |= summary(metrics)
+        self._step = values
         self._interval.append(values)
         self._write({**values, **by_number, **self._rates})
         watched = {name: v for name, v in by_number.items() if name.startswith("max violation")}
         watched |= {name: v for name, v in values.items() if name == "max logit"}
         for warning in self._alarms.update(self._iteration, watched):
             print_rank_last(f"WARNING: {warning}")
+            alarm("climb", warning, self._iteration)
 
     def values(self) -> Mapping[str, float]:
         """What goes into Megatron's line; the losses too, which have been read already."""
-        return {**self._losses, **self._sequence_loss, **self._speed.step_ended()}
+        self._speed.step_ended()
+        speed = self._speed.values()
+        if not self._args.log_throughput:
+            speed.pop(THROUGHPUT)
+        return {**self._losses, **self._sequence_loss, **speed}
 
-    def log_written(self) -> None:
-        """Write the line beneath Megatron's, where it has written one."""
+    def log_written(self, logged: Mapping[str, float]) -> None:
+        """Tell of the step, and write the line beneath Megatron's, where it has written one."""
+        if self._journal is not None:
+            self._tell(self._journal, logged)
         self._speed.log_written()
         if self._interval and self._iteration % self._args.log_interval == 0:
-            print_rank_last(balance_line(self._iteration, self._interval, self._rates))
+            if self._args.verbose_log:
+                print_rank_last(balance_line(self._iteration, self._interval, self._rates))
             self._interval.clear()
             self._tell_data()
+
+    def saved(self, iteration: int, seconds: float) -> None:
+        """Tell of a save."""
+        if self._journal is not None:
+            self._journal.saved(iteration, seconds)
 
     def ends_evaluation(self) -> bool:
         """Behind a batch of an evaluation: whether the run leaves, and this one with it."""
@@ -150,7 +199,7 @@ class StepObserver:
         """Whether the run leaves behind this step; it has saved then."""
         return self._leaving is not None and self._leaving.leaves(iteration, saved, save)
 
-    def evaluated(self, losses: Mapping[str, Tensor], of_set: EvaluatedSet) -> None:
+    def evaluated(self, losses: Mapping[str, Tensor], of_set: EvaluatedSet, seconds: float) -> None:
         """Say what the loss means a token and a byte; refuse one that says nothing.
 
         Raises:
@@ -164,20 +213,65 @@ class StepObserver:
                     "model computes is not finite"
                 )
 
+        told = {name: float(value) for name, value in losses.items()}
         if self._data is not None and "lm loss" in losses:
             ratio = self._data.bytes_per_token(of_set.name, of_set.of_test)
-            values = evaluation_values(float(losses["lm loss"]), ratio)
-            print_rank_last(evaluation_line(of_set.name, values))
+            values = evaluation_values(told["lm loss"], ratio)
+            if self._args.verbose_log:
+                print_rank_last(evaluation_line(of_set.name, values))
             suffix = f"-{of_set.name}" if of_set.name else ""
             self._write({f"{name} validation{suffix}": v for name, v in values.items()})
+            told |= values
+        if self._journal is not None and told:
+            self._journal.evaluated(of_set.name, of_set.of_test, seconds, told)
+
+    def _tell(self, journal: Journal, logged: Mapping[str, float]) -> None:
+        speed = self._speed.values()
+        seconds = self._speed.seconds
+        violation = None
+        metrics, loads = None, None
+        if self._balance is not None:
+            metrics, *loads = self._balance
+            if self._layers:
+                worst = int(metrics.max_violation.argmax())
+                violation = (float(metrics.max_violation[worst]), self._layers[worst])
+        journal.step(
+            StepValues(
+                iteration=self._iteration,
+                seconds=seconds,
+                tokens=tokens_per_step(),
+                loss=self._losses.get(LOSS) if self._applied else None,
+                norm=logged.get("grad-norm"),
+                rates=self._all_rates,
+                tflops=speed[THROUGHPUT],
+                memory=speed[MEMORY],
+                violation=violation,
+            ),
+            {**logged, **self._losses, **self._sequence_loss, **speed, **self._rates, **self._step},
+            self._applied,
+            self._layers,
+            metrics,
+            None if loads is None else (loads[0], loads[1]),
+        )
 
     def _tell_data(self) -> None:
         """Write what each source has given, beneath the line of balance."""
         if self._data is None or self._data.plan is None:
             return
         given = self._data.plan.given(self._args.consumed_train_samples)
-        print_rank_last(data_line(self._iteration, given))
+        if self._args.verbose_log:
+            print_rank_last(data_line(self._iteration, given))
+        if self._journal is not None:
+            self._journal.data(self._iteration, given)
         self._write(scalars(given))
+
+    def _tell_ranks(self) -> None:
+        """Name the slowest rank, where ranks are compared behind this step."""
+        times = self._slow.step_read(self._iteration)
+        if times is not None:
+            print_rank_last(ranks_line(times))
+            note(event_of_ranks(times))
+            self._write(scalars_of_ranks(times), always=True)
 
     def _forget(self, model: Sequence[Any]) -> None:
         forget_counts(model)
@@ -193,7 +287,7 @@ class StepObserver:
         self, balance: StepBalance, outcome: StepOutcome
     ) -> tuple[LoadMetrics, dict[str, float]]:
         """All that the host has to know of the step, for which it waits once."""
-        totals = self._record.totals()
+        rows = self._record.gathered()
         lost = (balance.sequence_losses,) if self._args.seq_aux_loss_coeff else ()
         counts, bias, *read = on_host(
             [
@@ -201,24 +295,26 @@ class StepObserver:
                 balance.bias,
                 *(() if balance.told is None else (balance.told,)),
                 *outcome.losses.values(),
-                *(() if totals is None else (totals,)),
+                *(() if rows is None else (rows,)),
                 *lost,
             ]
         )
         if self._leaving is not None:
             self._leaving.heard(read.pop(0).tolist())
         metrics = load_metrics(counts, bias)
+        self._balance = metrics, counts, bias
         losses = zip(outcome.losses, read, strict=False)
         self._losses = {name: float(value) for name, value in losses}
         if self._args.seq_aux_loss_coeff:
             total = self._args.seq_aux_loss_coeff * float(read.pop().sum())
             self._sequence_loss = {"sequence loss": total / get_current_global_batch_size()}
-        values = {} if totals is None else step_values(read[-1].tolist())
+        values = {} if rows is None else step_values(read[-1])
         return metrics, values
 
-    def _write(self, values: Mapping[str, float]) -> None:
+    def _write(self, values: Mapping[str, float], always: bool = False) -> None:
         tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
-        if tensorboard and self._iteration % self._args.tensorboard_log_interval == 0:
+        due = always or self._iteration % self._args.tensorboard_log_interval == 0
+        if tensorboard and due:
             for name, value in values.items():
                 tensorboard.add_scalar(name, value, self._iteration)
         if wandb:
@@ -232,6 +328,12 @@ def other_rates(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for group in param_groups
         if "kind" in group and not group["default_config"]
     }
+
+
+def rates_by_optimizer(param_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """All of them, that in Megatron's line first."""
+    ordered = sorted(param_groups, key=lambda group: not group["default_config"])
+    return {str(group.get("kind", "adam")): float(group["lr"]) for group in ordered}
 
 
 def balance_line(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.training.utils import print_rank_last
 
 from megatron_trinity.errors import StepError
+from megatron_trinity.reporting.events import alarm
 from megatron_trinity.training.nonfinite import (
     ForwardTrace,
     Place,
@@ -62,7 +63,9 @@ class StepGuard:
         allowed = self._args.skip_nonfinite_steps
         if self._in_a_row > allowed:
             raise StepError(f"{reason}; {REMEDY.format(way_out)}")
-        print_rank_last(f"WARNING: {reason}; left out, {self._in_a_row} of {allowed} in a row")
+        line = f"{reason}; left out, {self._in_a_row} of {allowed} in a row"
+        print_rank_last(f"WARNING: {line}")
+        alarm("not finite", line, self._args.curr_iteration + 1)
         return True
 
     def _end_trace(self) -> None:

@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from megatron_trinity import exits
 from megatron_trinity.checkpoint.whole.owner import Owner, this_process
 from megatron_trinity.errors import OF_THIS_RANK, Stopped, TrinityError, root_cause
+from megatron_trinity.reporting.events import note_from_here
+from megatron_trinity.training.launch_store import own_client
 from megatron_trinity.training.stop import leave
 from megatron_trinity.training.stuck import Stuck, behind, stuck_here, write_stacks
 
@@ -47,9 +47,11 @@ class Watch:
 
     Args:
         args: `hang_minutes`, 0 for no alarm.
+        store: of the launch.
     """
 
-    def __init__(self, args: Namespace) -> None:
+    def __init__(self, args: Namespace, store: dist.Store) -> None:
+        self._store = dist.PrefixStore("watch", own_client(store))
         self._limit = 60.0 * args.hang_minutes
         self._folder = run_folder(args)
         self._iteration, self._may_take, self._since = 0, 0.0, time.monotonic()
@@ -94,11 +96,8 @@ class Watch:
     def _start(self) -> None:
         self._started = True
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        # A client of its own: one that waits keeps all others of the same client waiting.
-        store: Any = distributed_c10d._get_default_store()
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"trinity/watch/{restart}", store.clone())
-        self._store.set(f"who/{self._rank}", json.dumps(asdict(this_process())))
+        with suppress(Exception):  # the store is gone, with the launcher: this step is the last one
+            self._store.set(f"who/{self._rank}", json.dumps(asdict(this_process())))
         self._neighbours: dict[int, Owner] = {}
         self._thread.start()
 
@@ -125,9 +124,13 @@ class Watch:
         if any(word in text.lower() for word in _CONNECTION):
             deadline = time.monotonic() + CAUSE
             while time.monotonic() < deadline:
-                if (cause := self._cause()) is not None:
+                cause = None
+                with suppress(Exception):
+                    cause = self._cause()
+                if cause is not None:
                     self._closed.set()
                     line = cause if self._speaks() else ""
+                    self._note("rank lost", line)
                     raise Stopped(line, exits.PEER_LOST, by_any=True) from None
                 time.sleep(0.1)
         self._closed.set()
@@ -145,7 +148,15 @@ class Watch:
                 continue
             # The main thread may meet it as well, in its own way.
             if cause is not None and not self._closed.wait(2 * BEAT):
-                leave(cause if self._speaks() else "", exits.PEER_LOST)
+                line = cause if self._speaks() else ""
+                self._note("rank lost", line)
+                leave(line, exits.PEER_LOST)
+
+    def _note(self, what: str, line: str) -> None:
+        """Keep what is told of the end of the run; nothing on ranks that do not tell it."""
+        if line:
+            event = {"what": what, "iteration": self._iteration, "line": line}
+            note_from_here({"kind": "alarm", **event})
 
     def _cause(self) -> str | None:
         """A line on a rank that is gone, if one is: of this machine, or as others have told."""
@@ -191,6 +202,7 @@ class Watch:
                 line += f" in iteration {self._iteration}: {behind(records, self._names(records))}"
                 leave_others(self._of_this_machine(), records)
                 self._store.set("verdict", "")
+                self._note("hang", line)
                 leave(f"{line}; stacks are in {where}", exits.HUNG)
             deadline = time.monotonic() + VERDICT
             while not self._store.check(["verdict"]) and time.monotonic() < deadline:
@@ -227,5 +239,5 @@ def leave_others(neighbours: dict[int, Owner], records: dict[int, Stuck]) -> Non
 
 def run_folder(args: Namespace) -> Path | None:
     """Where a run keeps what is to be read when it has ended."""
-    folder = args.save or args.tensorboard_dir
+    folder = args.run_dir or args.save or args.tensorboard_dir
     return None if folder is None else Path(folder)

@@ -31,10 +31,11 @@ ADAPTATION = Adaptation(
     ),
     reason=(
         "the loop has no hook behind an optimizer step, where it is known whether the step was "
-        "applied, and none behind an evaluation; `training_log` prints and writes only what the "
-        "loss function reported, and waits for the device and the other ranks for numbers of the "
-        "host. The loop gathers from all ranks behind each step whether a signal came, of one "
-        "kind, with a wait of the host, and not during an evaluation"
+        "applied, none before it, where it can still be left out, and none behind an evaluation; "
+        "`training_log` prints and writes only what the loss function reported, and waits for the "
+        "device and the other ranks for numbers of the host. The loop gathers from all ranks "
+        "behind each step whether a signal came, of one kind, with a wait of the host, and not "
+        "during an evaluation"
     ),
     written_for="megatron-core 0.19.2",
     remove_when="the loop takes callbacks, and metrics from the outside",
@@ -65,6 +66,9 @@ class TrainingHooks(Protocol):
     def step_begins(self, optimizer: Any) -> None:
         """Before each step."""
 
+    def gradients_ready(self, optimizer: Any) -> None:
+        """When a step's gradients are known, and before anything is applied."""
+
     def step_restarted(self, model: Sequence[Any]) -> None:
         """Before a step is run again, which takes the same samples as the first time."""
 
@@ -81,8 +85,14 @@ class TrainingHooks(Protocol):
         They take the place of losses of the same names, which the log would read from the device.
         """
 
-    def log_written(self) -> None:
-        """Told when Megatron has logged the step, and started its interval timer anew if due."""
+    def log_written(self, logged: Mapping[str, float]) -> None:
+        """Told when Megatron has logged the step, and started its interval timer anew if due.
+
+        `logged` is what the log knows of the step beside its losses, by the names in TensorBoard.
+        """
+
+    def saved(self, iteration: int, seconds: float) -> None:
+        """After a save, for which training stood still so long."""
 
     def ends_evaluation(self) -> bool:
         """After each batch of an evaluation: whether it ends here; the same on every rank."""
@@ -93,8 +103,10 @@ class TrainingHooks(Protocol):
         `saved` is whether that was a save, and `save` saves.
         """
 
-    def evaluated(self, losses: Mapping[str, torch.Tensor], of_set: EvaluatedSet) -> None:
-        """After an evaluation of one set, with its losses.
+    def evaluated(
+        self, losses: Mapping[str, torch.Tensor], of_set: EvaluatedSet, seconds: float
+    ) -> None:
+        """After an evaluation of one set, with its losses and how long it took.
 
         There are no losses on ranks without a loss.
         """
@@ -140,7 +152,8 @@ def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
             return train_step(*call, **kwargs)
         _hooks.step_begins(optimizer)
         rejected = None
-        with calling_on_rerun(partial(_hooks.step_restarted, model)):
+        ready = partial(_hooks.gradients_ready, optimizer)
+        with calling_on_rerun(partial(_hooks.step_restarted, model)), _before(optimizer, ready):
             try:
                 result = train_step(*call, **kwargs)
             except StepRejected as rejection:
@@ -151,6 +164,22 @@ def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return step_then_hook
+
+
+@contextmanager
+def _before(optimizer: Any, ready: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile call `ready` before each step of the optimizer."""
+    step = optimizer.step
+
+    def ready_then_step() -> Any:
+        ready()
+        return step()
+
+    optimizer.step = ready_then_step
+    try:
+        yield
+    finally:
+        del optimizer.step
 
 
 def _with_values(training_log: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,10 +196,23 @@ def _with_values(training_log: Callable[..., Any]) -> Callable[..., Any]:
         # Where all of them are on the host, so are their sums, and the step has ended.
         with nullcontext() if loss_dict.keys() - tensors.keys() else _nothing_to_wait_for():
             result = training_log({**loss_dict, **tensors}, total_loss_dict, *args, **kwargs)
-        _hooks.log_written()
+        _hooks.log_written(_numbers(args))
         return result
 
     return log_with_values
+
+
+_LOGGED = (
+    *("learning-rate", "iteration", "loss-scale", "memory", "skipped"),
+    *("grad-norm", "params-norm", "num-zeros"),
+)
+"""Arguments of `training_log` behind the losses, by their names in TensorBoard."""
+
+
+def _numbers(args: Sequence[Any]) -> dict[str, float]:
+    given = dict(zip(_LOGGED, args, strict=False))
+    of_step = {name: given.get(name) for name in _LOGGED if "-" in name}
+    return {name: float(v) for name, v in of_step.items() if isinstance(v, int | float)}
 
 
 class _NumbersOnHost(TorchFunctionMode):
@@ -217,6 +259,7 @@ def _with_losses(evaluate: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(evaluate)
     def evaluate_then_hook(*args: Any, **kwargs: Any) -> Any:
         mode = get_rerun_state_machine().get_mode()
+        began = time.monotonic()
         try:
             with _without_duration():
                 losses, collected, out_of_time = evaluate(*args, **kwargs)
@@ -224,7 +267,7 @@ def _with_losses(evaluate: Callable[..., Any]) -> Callable[..., Any]:
             get_rerun_state_machine().set_mode(mode)
             return None, None, True
         if _hooks is not None and not out_of_time:
-            _hooks.evaluated(losses, current_set())
+            _hooks.evaluated(losses, current_set(), time.monotonic() - began)
         return losses, collected, out_of_time
 
     return evaluate_then_hook
@@ -248,8 +291,11 @@ def _noting(save: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save)
     def save_checkpoint_and_time(iteration: int, *args: Any, **kwargs: Any) -> Any:
         global _newest_save
+        began = time.monotonic()
         result = save(iteration, *args, **kwargs)
         _newest_save = iteration
+        if _hooks is not None:
+            _hooks.saved(iteration, time.monotonic() - began)
         return result
 
     return save_checkpoint_and_time

@@ -187,12 +187,14 @@ NotLoggedIn.__module__ = "wandb.errors.errors"
 
 def with_a_wandb(
     rank: int, world_size: int, flags: Sequence[str], logged_in: bool
-) -> tuple[list[str], str]:
-    """Train with a module in the place of wandb; returns what it was told, and the error."""
+) -> tuple[list[str], str, list[tuple[str, str]]]:
+    """Train with a module in the place of wandb: what it was told, the error, which run it is."""
     calls: list[str] = []
+    runs: list[tuple[str, str]] = []
 
     def init(**given: Any) -> None:
         calls.append(f"init {given['project']} {given['name']}")
+        runs.append((os.environ["WANDB_RUN_ID"], os.environ["WANDB_RESUME"]))
         if not logged_in:
             raise NotLoggedIn("No API key configured.")
 
@@ -207,27 +209,48 @@ def with_a_wandb(
     try:
         assert run_trainer(rank, world_size, flags) == 0
     except TrinityError as error:
-        return calls, str(error)
+        return calls, str(error), runs
     finally:
         del sys.modules["wandb"]
-    return calls, ""
+    return calls, "", runs
 
 
 def test_a_run_that_reports_to_wandb(ranks: RankPools, tmp_path: Path) -> None:
     write_dataset(tmp_path / "data")
     words = f"--train-iters 3 {WANDB} --wandb-save-dir {{tmp}}".replace("{tmp}", str(tmp_path))
     flags = training_flags(tmp_path / "data", *words.split())
-    [(calls, error)] = ranks.run(with_a_wandb, flags, False, world_size=1)
+    [(calls, error, _)] = ranks.run(with_a_wandb, flags, False, world_size=1)
     assert calls == ["init a b"]
     assert error == (
         "W&B does not start: No API key configured; with WANDB_MODE=offline it writes files "
         "alone, or leave out --wandb-project"
     )
-    [(calls, error)] = ranks.run(with_a_wandb, flags, True, world_size=1)
+    [(calls, error, _)] = ranks.run(with_a_wandb, flags, True, world_size=1)
     assert error == ""
     assert calls[0] == "init a b"
     assert calls[-1] == "finish"
     assert {"1 lm loss", "2 lm loss", "3 lm loss"} <= set(calls)
+
+
+def test_a_run_that_goes_on_continues_its_wandb_run(ranks: RankPools, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data")
+    found = {}
+    for name in ("new", "goes on", "another name", "elsewhere"):
+        run = tmp_path / ("other" if name == "elsewhere" else "run")
+        words = WANDB.replace("{tmp}", str(run)).split()
+        last = {"new": "1", "elsewhere": "1"}.get(name, "2" if name == "goes on" else "3")
+        flags = [*words, "--save", str(run), "--load", str(run), "--save-interval", "9"]
+        flags += ["--optimizer", "adam", "--train-iters", "3", "--exit-interval", last]
+        if name == "another name":
+            flags += ["--wandb-exp-name", "c"]
+        flags = training_flags(tmp_path / "data", *flags)
+        [(calls, error, runs)] = ranks.run(with_a_wandb, flags, True, world_size=1)
+        assert error == ""
+        [found[name]] = runs
+        assert any(call.endswith(" lm loss") for call in calls)
+    assert found["new"] == found["goes on"]
+    assert len({run_id for run_id, _ in found.values()}) == 3
+    assert {resume for _, resume in found.values()} == {"allow"}
 
 
 def test_a_preset_that_ties_the_embeddings(ranks: RankPools, tmp_path: Path) -> None:

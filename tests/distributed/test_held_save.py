@@ -23,7 +23,7 @@ from megatron_trinity.training.held_save import LAST_WORDS, by_store
 from tests.broken_runs import POINTER, STEPS, Outcome, flags_of, listing, train
 from tests.distributed.pool import RankPools
 from tests.distributed.test_launcher import LIMIT, launch
-from tests.trainer import training_flags, write_dataset
+from tests.trainer import steps_of, training_flags, write_dataset
 
 
 def _another_takes_over(run: Path) -> None:
@@ -149,13 +149,10 @@ def test_a_run_that_was_taken_over_writes_nothing_more(
 
 
 @pytest.mark.parametrize("fault", ["", "it is in use"])
-def test_ranks_hear_by_the_store_of_their_launch(
-    fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = dist.HashStore()
+def test_ranks_hear_by_the_store_of_their_launch(fault: str) -> None:
     with ThreadPoolExecutor(4) as executor:
-        for restart in range(2):
-            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
+        for _ in range(2):
+            store = dist.HashStore()
             others = [executor.submit(by_store, store, rank, 4, "") for rank in (1, 2, 3)]
             time.sleep(0.2)
             assert not any(future.done() for future in others)
@@ -163,10 +160,6 @@ def test_ranks_hear_by_the_store_of_their_launch(
             assert by_store(store, 0, 4, fault) == fault
             assert time.monotonic() - began < LAST_WORDS
             assert [future.result() for future in others] == [fault] * 3
-
-
-def _steps(output: Path) -> list[int]:
-    return [int(number) for number in re.findall(r"iteration +(\d+)/", output.read_text())]
 
 
 def _wait_for(holds: Callable[[], object], launcher: subprocess.Popen[bytes], output: Path) -> None:
@@ -178,10 +171,8 @@ def _wait_for(holds: Callable[[], object], launcher: subprocess.Popen[bytes], ou
 
 
 @pytest.mark.slow
-def test_launches_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_of_torchrun(tmp_path: Path) -> None:
     """A second one ends with one line; the first restarts a rank that dies, and goes on at once."""
-    # With a store that outlives its ranks, gloo looks for those that are gone.
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     write_dataset(tmp_path / "data")
     run = tmp_path / "run"
     flags = training_flags(
@@ -203,9 +194,9 @@ def test_launches_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
         os.kill(pid, signal.SIGKILL)
         _wait_for(lambda: "has ended: it is taken over" in output.read_text(), launcher, output)
-        before = len(_steps(output))
-        _wait_for(lambda: len(_steps(output)) > before + 1, launcher, output)
-        assert _steps(output)[-1] > _steps(output)[0]
+        before = len(steps_of(run))
+        _wait_for(lambda: len(steps_of(run)) > before + 1, launcher, output)
+        assert steps_of(run)[-1] > steps_of(run)[0]
     finally:
         if launcher.poll() is None:
             launcher.terminate()

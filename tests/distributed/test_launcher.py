@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.paths import ROOT
-from tests.trainer import training_flags, write_dataset
+from tests.trainer import steps_of, training_flags, write_dataset
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 PASSED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # as docs/training.md has it
@@ -89,7 +88,7 @@ def test_a_signal_that_torchrun_passes_on_saves_and_ends(tmp_path: Path) -> None
     launcher = launch(["--signals_to_handle", PASSED_ON, "pretrain_trinity.py", *flags], output)
     try:
         began = time.monotonic()
-        while not re.search(r"iteration +3/", output.read_text()):
+        while 3 not in steps_of(tmp_path / "save"):
             assert launcher.poll() is None, output.read_text()
             assert time.monotonic() - began < LIMIT
             time.sleep(0.2)

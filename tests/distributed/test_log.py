@@ -43,7 +43,7 @@ def run(ranks: RankPools, data: Path, name: str, *flags: str, world_size: int = 
     argv = training_flags(
         data,
         *("--optimizer", "adam", "--tensorboard-dir", str(data.parent / f"{name}-log")),
-        *flags,
+        *("--verbose-log", *flags),
     )
     return ranks.run(lines, argv, world_size=world_size)[-1]
 

@@ -8,14 +8,19 @@ import re
 import signal
 import subprocess
 import time
+from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megatron_trinity import exits
+from megatron_trinity.training import watch as watch_module
 from megatron_trinity.training.stuck import Stuck, behind
+from megatron_trinity.training.watch import Watch
 from tests.distributed.test_launcher import LIMIT, launch
-from tests.trainer import training_flags, write_dataset
+from tests.trainer import events_of, steps_of, training_flags, write_dataset
 
 
 def test_who_is_behind() -> None:
@@ -32,6 +37,28 @@ def test_who_is_behind() -> None:
         "no sign of life from rank 5 (process 9 on moon since then)"
     )
     assert behind({0: waiting, 3: waiting}, {}).startswith("no rank is behind: rank 0 waits in ")
+
+
+def test_a_store_that_is_gone_ends_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher had it, and its end is for all ranks to leave behind a step."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=5))
+    watch = Watch(Namespace(hang_minutes=0, save=None, tensorboard_dir=None), client)
+    del server
+    watch._store.set("gone", "")  # which the socket still takes
+    with pytest.raises(dist.DistNetworkError):
+        watch._store.set("gone", "")
+    monkeypatch.setattr(watch_module, "CAUSE", 0.5)
+
+    def fail() -> None:
+        with watch.watching():
+            watch.step_begins(1)
+            raise RuntimeError("a connection is lost")
+
+    with pytest.raises(RuntimeError, match="a connection is lost"):
+        fail()
 
 
 PROGRAM = """
@@ -83,7 +110,7 @@ def launch_with(
 def test_a_rank_takes_the_run_with_it(tmp_path: Path, fault: str) -> None:
     launcher, mark, run, output = launch_with(fault, tmp_path, "--hang-minutes", "0.1")
     try:
-        _wait_for_iteration(3, launcher, output)
+        _wait_for_iteration(3, launcher, output, run)
         mark.touch()
         began = time.monotonic()
         assert launcher.wait(LIMIT) == 1
@@ -93,6 +120,10 @@ def test_a_rank_takes_the_run_with_it(tmp_path: Path, fault: str) -> None:
             launcher.terminate()
     text = output.read_text()
     assert not list(run.glob("iter_*"))  # survivors save nothing
+    if fault != "suspended":  # the last rank is silent then, and another one has killed it
+        [alarm] = events_of(run, "alarm")
+        assert alarm["what"] == ("hang" if fault == "asleep" else "rank lost")
+        assert alarm["line"] in text
     assert text.count("Traceback (most recent call last)") == (2 if fault == "raises" else 1)
     if fault in ("killed", "raises"):
         [line] = [line for line in text.splitlines() if line.startswith("error: rank 1")]
@@ -126,7 +157,7 @@ def test_the_end_of_the_launcher_saves_and_ends(tmp_path: Path) -> None:
         *("--save-interval", "100000"),
     )
     launcher = launch(["pretrain_trinity.py", *flags], output)
-    _wait_for_iteration(3, launcher, output)
+    _wait_for_iteration(3, launcher, output, run)
     [file] = run.glob(".held_*")
     launcher.kill()
     launcher.wait()
@@ -143,7 +174,7 @@ def test_the_end_of_the_launcher_saves_and_ends(tmp_path: Path) -> None:
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
     launcher, mark, run, output = launch_with("asleep", tmp_path)
     try:
-        _wait_for_iteration(2, launcher, output)
+        _wait_for_iteration(2, launcher, output, run)
         mark.touch()
         pid = int(json.loads(next(run.glob(".held_*")).read_text())["pid"])
         time.sleep(1)
@@ -160,9 +191,11 @@ def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
     assert f"exitcode  : {exits.of_signal(signal.SIGINT)} " in output.read_text()
 
 
-def _wait_for_iteration(number: int, launcher: subprocess.Popen[bytes], output: Path) -> None:
+def _wait_for_iteration(
+    number: int, launcher: subprocess.Popen[bytes], output: Path, run: Path
+) -> None:
     began = time.monotonic()
-    while not re.search(rf"iteration +{number}/", output.read_text()):
+    while number not in steps_of(run):
         assert launcher.poll() is None, output.read_text()
         assert time.monotonic() - began < LIMIT
         time.sleep(0.2)

@@ -12,6 +12,7 @@ PARTS = {
     "micro-batches": 0.001,
     "TensorBoard": 0.002,
     "log": 0.003,
+    "events": 0.0005,
 }
 
 

@@ -40,7 +40,7 @@ def announced(rank: int, world_size: int, rule: str, missing: int) -> str:
 
     from megatron_trinity.training.balance import announce_balance
 
-    args = parse(afmoe_config(), ["--load-balancing", rule])
+    args = parse(afmoe_config(), ["--load-balancing", rule, "--verbose-log"])
     model = build(args)
     promised = Namespace(**{**vars(args), "moe_layer_freq": [*args.moe_layer_freq, *[1] * missing]})
     with contextlib.redirect_stdout(io.StringIO()) as out:

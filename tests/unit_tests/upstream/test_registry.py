@@ -33,6 +33,10 @@ FINGERPRINTS: dict[str, str] = {
         "54d30b2d665a5ead"
     ),
     "megatron.training.models.dist_utils._ddp_wrap": "ce6bfe417a12fd35",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+    "._copy_main_params_to_model_params": "2c54e5f1a5415862",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+    "._get_model_param_range_map": "df0f03d1b441f5d4",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.compute_full_param_layout": (
         "21699e5d50a2b60e"
     ),
@@ -42,6 +46,8 @@ FINGERPRINTS: dict[str, str] = {
     "megatron.core.rerun_state_machine.RerunStateMachine._reduce_any": "14be74e3dbf7e7fd",
     "megatron.core.timers.Timer.elapsed": "99a0474a4164b3e6",
     "megatron.core.utils.local_multi_tensor_l2_norm": "afdb0d1778923660",
+    "megatron.training.utils.common_utils.print_rank_0": "80086c4e1320d049",
+    "megatron.training.utils.common_utils.print_rank_last": "d395c5297eda5343",
     "megatron.training.utils.common_utils.reduce_max_stat_across_model_parallel_group": (
         "8ab40e5c08c5f1ac"
     ),
