@@ -68,9 +68,9 @@ def hold_launches(found: dict[str, Any]) -> None:
     for part in ("dense layer", "MoE layer, local", "MoE layer, global", "head and loss", "step"):
         row = found[f"{part}, launches"]
         assert row["ours"] <= 1.05 * row["peer"], part
-    # Megatron moves its biases among the gradients.
-    behind = [found[f"{part}, launches"] for part in ("gradients", "behind the step")]
-    assert sum(row["ours"] for row in behind) <= sum(row["peer"] for row in behind)
+    # Megatron moves its biases among the gradients. Its own grow with the layers: 47 with eight.
+    behind = [found[f"{part}, launches"]["ours"] for part in ("gradients", "behind the step")]
+    assert sum(behind) <= 46
 
 
 @pytest.mark.slow
