@@ -23,7 +23,6 @@ from rich.progress import Progress
 
 from megatron_trinity.command_line.curves import (
     LOSS,
-    SMOOTHING,
     TAIL,
     VALIDATION_LOSS,
     add_figure_argument,
@@ -31,7 +30,9 @@ from megatron_trinity.command_line.curves import (
     is_done,
     markdown,
     note_flags,
+    points,
     pyplot,
+    running_mean,
     save,
     scalars_of,
     tail_mean,
@@ -219,18 +220,15 @@ def rows(outcomes: Mapping[str, Outcome]) -> list[Row]:
 
 def draw(runs: Mapping[str, Scalars], figure: Path) -> None:
     """Max violation against steps, thin, and its running mean, thick."""
-    import numpy as np
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     plt = pyplot("balancing")
     canvas, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     for rule, (label, colour, dashes) in RULES.items():
-        values = np.array(list(runs[rule][MAX_VIOLATION].values()))
-        steps = np.array(list(runs[rule][MAX_VIOLATION]))
-        axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.4)
-        width = min(SMOOTHING, len(values))
-        means = np.convolve(values, np.full(width, 1 / width), mode="valid")
-        axes.plot(steps[width - 1 :], means, color=colour, ls=dashes, linewidth=2.0, label=label)
+        curve = runs[rule][MAX_VIOLATION]
+        axes.plot(*points(curve), color=colour, linewidth=0.6, alpha=0.4)
+        means = running_mean(curve)
+        axes.plot(*points(means), color=colour, ls=dashes, linewidth=2.0, label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -2,17 +2,22 @@
 
 Time and memory up to the first sample of 10 million documents. Then tokens a second of one core
 behind torch's loader without workers, from one source and from a blend of four, with and without
-documents kept apart; alternating in one process, from files in the page cache and after they were
-dropped from it.
+documents kept apart, and of each packing; alternating in one process, in CPU time from files in the
+page cache, and by the clock after they were dropped from it. Where NVIDIA DALI is installed, its
+loader against torch's. Last, what a loader gives against 20 times the tokens that training of the
+tiny preset takes, in CPU time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +34,8 @@ from megatron_trinity.command_line.parser import (
 )
 from megatron_trinity.command_line.peak_memory import peak_memory
 from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
+from megatron_trinity.command_line.sides import random_batches, trainers
+from megatron_trinity.command_line.single_rank import single_rank_environment
 from megatron_trinity.errors import run_command
 from megatron_trinity.upstream import adapt_megatron
 
@@ -65,7 +72,13 @@ def write_indexed(prefix: Path, documents: int, seed: int, mean: float, sparse: 
             stream.write(tokens.tobytes())
 
 
-def ours(prefixes: Sequence[Path], weights: Sequence[float], masking: bool) -> Dataset:
+def ours(
+    prefixes: Sequence[Path],
+    weights: Sequence[float],
+    masking: bool,
+    packing: str = "sequential",
+    length: int = SEQ_LENGTH,
+) -> Dataset:
     """The dataset that a run trains on."""
     from megatron_trinity.data.corpus import Part
     from megatron_trinity.data.datasets import TrainingDataset
@@ -75,8 +88,9 @@ def ours(prefixes: Sequence[Path], weights: Sequence[float], masking: bool) -> D
 
     sources = tuple(Source(path.name, (Part(str(path)),)) for path in prefixes)
     blend = {path.name: weight for path, weight in zip(prefixes, weights, strict=True)}
-    plan = Plan(Description(sources, (PlannedPhase(weights=blend),)), SEQ_LENGTH, 1)
-    return TrainingDataset(plan, SampleFormat(SEQ_LENGTH, VOCABULARY, masking))
+    phase = PlannedPhase(weights=blend, packing=packing)
+    plan = Plan(Description(sources, (phase,)), length, 1)
+    return TrainingDataset(plan, SampleFormat(length, VOCABULARY, masking))
 
 
 def megatrons(
@@ -108,14 +122,27 @@ def megatrons(
     return train
 
 
-def tokens_per_second(dataset: Dataset, samples: range) -> float:
-    """Of the samples in order, in batches, behind the loader that training has."""
+def loader(dataset: Dataset, samples: range) -> Iterable[Any]:
+    """The loader that training has, without workers: batches of the samples in order."""
     batches = [list(samples[n : n + BATCH]) for n in range(0, len(samples), BATCH)]
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=0)
-    began = time.perf_counter()
-    for _ in loader:
-        pass
-    return len(samples) * SEQ_LENGTH / (time.perf_counter() - began)
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=0)
+
+
+def through_dali(dataset: Dataset, samples: range) -> Iterator[Any]:
+    """The same batches through NVIDIA DALI."""
+    from megatron_trinity.data.dali import DaliLoader
+
+    return islice(DaliLoader(dataset, samples.start, BATCH, 0, 1), len(samples) // BATCH)
+
+
+def tokens_per_second(
+    batches: Iterable[Any], clock: Callable[[], float] = time.process_time
+) -> float:
+    """By default for each second that the threads of this process have worked."""
+    began, tokens = clock(), 0
+    for batch in batches:
+        tokens += batch["tokens"].numel()
+    return tokens / (clock() - began)
 
 
 def drop_from_cache(prefixes: Sequence[Path]) -> None:
@@ -126,29 +153,116 @@ def drop_from_cache(prefixes: Sequence[Path]) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def compare(folder: Path, documents: int, samples: int, repeats: int) -> Iterator[Row]:
-    """Speed of both, case by case."""
+def write_sources(folder: Path, documents: int) -> list[Path]:
+    """One for each of the weights."""
     prefixes = [folder / f"source{number}" for number in range(len(WEIGHTS))]
     for number, prefix in enumerate(prefixes):
         write_indexed(prefix, documents, number, MEAN_TOKENS, sparse=False)
+    return prefixes
+
+
+Side = Callable[[range], float]
+"""Samples to the tokens of them that were made in a second."""
+
+
+def alternate(case: str, sides: Sequence[Side], samples: int, repeats: int) -> Row:
+    """Medians of both sides, which make the same samples in turn."""
+    speeds = []
+    for repeat in range(repeats):
+        part = range(repeat * samples, (repeat + 1) * samples)
+        speeds.append([side(part) / 1e6 for side in sides])
+    mine, its = (statistics.median(side) for side in zip(*speeds, strict=True))
+    return make_row(case, mine, its, "M tokens/s", more_is_better=True)
+
+
+def warm(dataset: Dataset, make: Callable[..., Iterable[Any]] = loader) -> Side:
+    return lambda part: tokens_per_second(make(dataset, part))
+
+
+def cold(dataset: Dataset, prefixes: Sequence[Path]) -> Side:
+    def side(part: range) -> float:
+        drop_from_cache(prefixes)
+        return tokens_per_second(loader(dataset, part), time.perf_counter)
+
+    return side
+
+
+def compare(folder: Path, prefixes: Sequence[Path], samples: int, repeats: int) -> Iterator[Row]:
+    """Speed of both, case by case: in CPU time, and in that of the clock where the disk is read."""
     for name, count in (("one source", 1), (f"blend of {len(WEIGHTS)}", len(WEIGHTS))):
         for masking in (False, True):
             given = (prefixes[:count], WEIGHTS[:count], masking)
             both = (ours(*given), megatrons(*given, samples * (repeats + 1), folder / "cache"))
-            for cold in (False, True):
-                speeds: list[tuple[float, float]] = []
-                for repeat in range(repeats):
-                    part = range(repeat * samples, (repeat + 1) * samples)
-                    pair = []
-                    for dataset in both:
-                        if cold:
-                            drop_from_cache(prefixes)
-                        pair.append(tokens_per_second(dataset, part))
-                    speeds.append((pair[0], pair[1]))
-                mine, its = (statistics.median(side) for side in zip(*speeds, strict=True))
-                case = f"{name}{', documents apart' if masking else ''}, "
-                case += "cold" if cold else "warm"
-                yield make_row(case, mine / 1e6, its / 1e6, "M tokens/s", more_is_better=True)
+            case = f"{name}{', documents apart' if masking else ''}"
+            yield alternate(f"{case}, warm", [warm(one) for one in both], samples, repeats)
+            sides = [cold(one, prefixes) for one in both]
+            yield alternate(f"{case}, cold", sides, samples, repeats)
+
+
+def compare_packings(
+    folder: Path, prefixes: Sequence[Path], samples: int, repeats: int
+) -> Iterator[Row]:
+    """Packings of one source with documents apart, against GPTDataset; DALI against torch."""
+    from megatron_trinity.arguments.data import dali_is_installed
+    from megatron_trinity.data.packings import PACKINGS
+
+    one = (prefixes[:1], WEIGHTS[:1], True)
+    its = megatrons(*one, samples * (repeats + 1), folder / "cache")
+    made = {packing: ours(*one, packing) for packing in PACKINGS}
+    for packing, mine in made.items():
+        mine[0]  # what is packed once an epoch
+        yield alternate(f"{packing}, documents apart", [warm(mine), warm(its)], samples, repeats)
+    for packing, mine in made.items() if dali_is_installed() else ():
+        sides = [warm(mine, through_dali), warm(mine)]
+        yield alternate(f"{packing}: DALI against torch's loader", sides, samples, repeats)
+
+
+def against_tiny(prefix: Path, samples: int, repeats: int) -> Row:
+    """What the data give in a second, against 20 times what training of the tiny preset takes."""
+    trained = Tiny()
+    length = trained.args.seq_length
+    batches = random_batches(BATCH, length, trained.args.vocab_size)
+    trained.train(next(batches))  # the first step allocates
+
+    def training(_: range) -> float:
+        return 20 * tokens_per_second(trained.train(next(batches)) for _ in range(2))
+
+    data = ours([prefix], [1.0], False, length=length)
+    case = f"{length} tokens a sample, against 20 times what tiny takes"
+    return alternate(case, [warm(data), training], samples, repeats)
+
+
+class Tiny:
+    """The trainer's steps of the tiny preset."""
+
+    def __init__(self) -> None:
+        from megatron.training.global_vars import set_global_variables
+        from megatron.training.initialize import initialize_megatron
+
+        from megatron_trinity.arguments.parse import parse_arguments
+        from megatron_trinity.planning.steps import Steps
+        from megatron_trinity.training.vocabulary import settle_vocabulary
+
+        os.environ |= single_rank_environment()
+        flags = {
+            "--preset": "tiny",
+            "--lr-decay-style": "constant",
+            "--micro-batch-size": BATCH,
+            "--global-batch-size": BATCH,
+            "--tokenizer-type": "NullTokenizer",
+            "--train-iters": 10**6,
+        }
+        with contextlib.redirect_stdout(io.StringIO()):  # what Megatron says at its start
+            words = [str(word) for pair in flags.items() for word in pair]
+            self.args = parse_arguments([*words, "--mock-data"])
+            set_global_variables(self.args)
+            settle_vocabulary(self.args)
+            initialize_megatron()
+            self._steps = Steps(self.args, *trainers(self.args))
+
+    def train(self, batch: Any) -> Any:
+        self._steps.step(batch)
+        return batch
 
 
 def start_up(folder: Path, documents: int) -> Iterator[Row]:
@@ -185,7 +299,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def show(rows: Sequence[Row]) -> None:
     """The rows as a table."""
-    table = Table("case", "ours", "GPTDataset", "unit", "ratio")
+    table = Table("case", "ours", "peer", "unit", "ratio")
     for row in rows:
         peer = "" if row["peer"] is None else f"{row['peer']:.3g}"
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
@@ -206,7 +320,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = list(start_up(folder, 10**6 if options.quick else 10**7))
-        rows += compare(folder, 4_000 if options.quick else 20_000, samples, repeats)
+        prefixes = write_sources(folder, 4_000 if options.quick else 20_000)
+        rows += compare(folder, prefixes, samples, repeats)
+        rows += compare_packings(folder, prefixes, samples, repeats)
+        rows.append(against_tiny(prefixes[0], samples, repeats))
     show(rows)
     write_rows(options.json, rows)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from megatron_trinity.command_line.curves import (
     LOSS,
-    SMOOTHING,
     TAIL,
     VALIDATION_LOSS,
     add_figure_argument,
@@ -26,7 +25,9 @@ from megatron_trinity.command_line.curves import (
     is_done,
     markdown,
     note_flags,
+    points,
     pyplot,
+    running_mean,
     save,
     scalars_of,
     tail_mean,
@@ -146,21 +147,18 @@ def rows(runs: Mapping[str, Scalars]) -> list[Row]:
 
 def draw(runs: Mapping[str, Scalars], figure: Path) -> None:
     """Losses against steps above, and how far those of FP8 are from bf16's below."""
-    import numpy as np
-
     plt = pyplot("fp8")
     canvas, (above, below) = plt.subplots(
         2, 1, figsize=(7.2, 5.4), layout="constrained", sharex=True, height_ratios=(3, 2)
     )
-    reference = np.array(list(runs["bf16"][LOSS].values()))
+    reference = runs["bf16"][LOSS]
     for name, (colour, dashes) in RUNS.items():
-        losses = np.array(list(runs[name][LOSS].values()))
-        width = min(SMOOTHING, len(losses))
-        for axes, values in ((above, losses), (below, losses - reference)):
+        losses = runs[name][LOSS]
+        gaps = {step: losses[step] - reference[step] for step in reference}
+        for axes, curve in ((above, losses), (below, gaps)):
             if axes is above or name != "bf16":
-                means = np.convolve(values, np.full(width, 1 / width), mode="valid")
-                steps = np.arange(width, len(losses) + 1)
-                axes.plot(steps, means, color=colour, ls=dashes, linewidth=1.8, label=name)
+                means = points(running_mean(curve))
+                axes.plot(*means, color=colour, ls=dashes, linewidth=1.8, label=name)
     below.axhline(0.0, color=RUNS["bf16"][0], linewidth=0.8)
     above.set_ylabel("loss")
     below.set_ylabel("loss - loss in bf16")

@@ -90,13 +90,14 @@ def peer(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def ours(chunk: int) -> Loss:
+    from megatron_trinity.model.loss import Row as Of
     from megatron_trinity.model.loss import token_losses
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         group = dist.group.WORLD
         assert group is not None
         losses = token_losses(hidden, weight, labels, weight.size(0), group, chunk_size=chunk)
-        return losses.cross_entropy[:, 0], losses.log_sum_exp[:, 0]
+        return losses[Of.CROSS_ENTROPY, :, 0], losses[Of.LOG_SUM_EXP, :, 0]
 
     return loss
 

@@ -143,9 +143,9 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
             with watch.part("events"):
                 super()._tell(*of_step)
 
-        def _write(self, values: Mapping[str, float]) -> None:
+        def _write(self, values: Mapping[str, float], always: bool = False) -> None:
             with watch.part("TensorBoard"):
-                super()._write(values)
+                super()._write(values, always)
 
     def timed_balance(*args: Any) -> Any:
         with watch.part("balancing"):
@@ -158,13 +158,13 @@ def measure(argv: Sequence[str], log: Path) -> Stopwatch:
         return forward_step(iterator, model, record=record if watched else None, flops=flops)
 
     class TimedRecord(pretrain.MicroBatchRecord):
-        def append(self, *args: Any) -> None:
+        def append(self, values: Any) -> None:
             with watch.part("micro-batches"):
-                super().append(*args)
+                super().append(values)
 
-        def totals(self, *args: Any) -> Any:
+        def gathered(self, *args: Any) -> Any:
             with watch.part("micro-batches"):
-                return super().totals(*args)
+                return super().gathered(*args)
 
     # The trainer puts itself together from these names.
     replaced = {

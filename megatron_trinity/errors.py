@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
-from megatron_trinity.exits import BAD_STEP, FAILED, NOBODY_READS, REWIND, USAGE
+from megatron_trinity.exits import BAD_STEP, FAILED, NOBODY_READS, PEER_LOST, REWIND, USAGE, tell
 
 TRACEBACK = "MEGATRON_TRINITY_TRACEBACK"
 """Environment variable that, if set, shows the traceback behind an error; for developers."""
@@ -128,6 +128,12 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         # What is left goes nowhere, in place of into one more error when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or NOBODY_READS
+    tell(code)
+    if code == PEER_LOST:
+        # Nothing of this process is to be kept, and the launcher waits for its end, which would
+        # take seconds: all that was imported is taken down, and groups that have lost a rank.
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

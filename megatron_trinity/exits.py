@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from contextlib import suppress
+from pathlib import Path
 
 DONE, FAILED, USAGE, BAD_STEP = 0, 1, 2, 3
 HUNG, REWIND, OUT_OF_TIME, TOO_LATE, PEER_LOST, LAUNCHER_LOST = 4, 5, 6, 7, 8, 9
@@ -33,3 +36,14 @@ MEANINGS: dict[int, str] = {
     of_signal(signal.SIGTERM): "stopped by SIGTERM; saved",
 }
 """Code to what has happened. `--exit-signal` adds one. Before the first step nothing is saved."""
+
+CODE_FILE = "MEGATRON_TRINITY_CODE_FILE"
+"""Environment variable that names a file for the code, since a launcher has one of its own."""
+
+
+def tell(code: int) -> None:
+    """Write the code of rank 0 where the launcher looks for it, if it does."""
+    path = os.environ.get(CODE_FILE)
+    if path and os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # of a disk that is full: the launcher then has its own
+            Path(path).write_text(f"{code}\n")

@@ -8,8 +8,8 @@
 # (editable), and its `python` is first on PATH. A second call only compares a stamp.
 # `prepare_vllm "$root"` makes $root/.venv-vllm from requirements/vllm.txt, `prepare_clients "$root"`
 # $root/.venv-clients from requirements/clients.txt, `prepare_te "$root"` $root/.venv-te from
-# requirements/te.txt, `prepare_dali "$root"` $root/.venv-dali from requirements/dali.txt; they
-# leave PATH alone.
+# requirements/te.txt, `prepare_dali "$root"` $root/.venv-dali from requirements/dali.txt,
+# `prepare_docs "$root"` $root/.venv-docs from requirements/docs.txt; they leave PATH alone.
 #
 # Needs bash, coreutils and flock (util-linux). PYTHON names the interpreter to build with; without
 # it an existing environment keeps the interpreter it has.
@@ -228,4 +228,9 @@ prepare_te() {
 # For tests/dali, in the same way.
 prepare_dali() {
     PYTHON=$1/.venv/bin/python _environment_make "$1" .venv-dali requirements/dali.txt
+}
+
+# For the site of docs/, which needs nothing of the project.
+prepare_docs() {
+    _environment_make "$1" .venv-docs requirements/docs.txt
 }

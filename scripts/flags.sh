@@ -8,9 +8,10 @@ SHARDED=(
     --expert-model-parallel-size 8
     # Optimizer state is cut over the data-parallel ranks.
     --use-distributed-optimizer
-    # Gradients are reduced while the backward pass goes on. New weights are gathered behind the
-    # step; --overlap-param-gather has that done under the next forward pass.
+    # Gradients are reduced while the backward pass goes on, and new weights are gathered bucket by
+    # bucket under the next forward pass.
     --overlap-grad-reduce
+    --overlap-param-gather
 )
 
 # Every layer is computed again in the backward pass: up to a third more work, and the choice that

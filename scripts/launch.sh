@@ -5,8 +5,9 @@
 #
 # What was run is kept in SAVE/launches/N: the command, the settings, the state of git, the versions
 # of packages, and a log of each node. A run that has failed is started again where that can help,
-# by this script or, within Slurm, by scripts/slurm.sh (which see). The code of the last start is
-# that of this script; 75 asks the caller to start again. Signals are passed on.
+# by this script or, within Slurm, by scripts/slurm.sh (which see). This script ends with the code of
+# the trainer's last start (docs/faults.md), not with torchrun's 1; 75 asks the caller to start again.
+# Signals are passed on.
 #
 #     NODES=1            nodes that train
 #     GPUS_PER_NODE=8    ranks on each of them
@@ -44,8 +45,8 @@ export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID}
 # A rank is one process of many on its node: threads of its own would fight with the others'.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# A start on other ports: those of torch's store stay with the launch that has died.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+# TORCH_DISABLE_SHARE_RDZV_TCP_STORE stays as it is: torchrun's store outlives rank 0, whose death
+# the others hear of by it; in a store of rank 0 they would not.
 # CUDA_DEVICE_MAX_CONNECTIONS and NCCL_ALGO are the trainer's: it knows the layout and the device.
 
 # The last --save among the arguments, as the trainer reads it.
@@ -171,16 +172,20 @@ while true; do
     compose "$kept" "$@"
     keep "$kept"
     newest_before=$(newest_saved "$save")
+    # torchrun ends with 1 whatever it was, and names no codes where it was told to stop.
+    export MEGATRON_TRINITY_CODE_FILE=$kept/exit-code
     run_once "$kept"
     verdict=$(verdict_of "$told" "$code" "$kept"/node-*.log)
     printf '%s\n' "$verdict" >"$kept/outcome.txt"
     printf 'launch %s: %s\n' "$number" "$verdict" >&2
     case $verdict in
     done*) exit 0 ;;
-    stop*) exit "$code" ;;
+    stop*) exit "$(code_of "$kept/exit-code" "$code")" ;;
     esac
     # Of nodes that were started by hand, each would count, and none would wait for the others.
-    if [[ -z ${SLURM_JOB_ID:-} ]] && ((NODES > 1)); then exit "$code"; fi
+    if [[ -z ${SLURM_JOB_ID:-} ]] && ((NODES > 1)); then
+        exit "$(code_of "$kept/exit-code" "$code")"
+    fi
     spend_restart "$save" "$newest_before" "$RESTARTS" || exit 1
     if [[ -n ${SLURM_JOB_ID:-} ]]; then exit 75; fi
 done

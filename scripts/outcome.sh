@@ -57,6 +57,14 @@ verdict_of() {
     fi
 }
 
+# code_of FILE CODE: what rank 0 has ended with, as it says in FILE; CODE where it says nothing, or
+# has ended well.
+code_of() {
+    local code=""
+    if [[ -r $1 ]]; then code=$(<"$1"); fi
+    if [[ $code =~ ^[1-9][0-9]*$ ]]; then printf '%s' "$code"; else printf '%s' "$2"; fi
+}
+
 # The newest iteration in the directory $1 that is saved; 0 if none is.
 newest_saved() {
     local newest=0

@@ -14,6 +14,7 @@ import torch
 from hypothesis import settings
 
 from megatron_trinity.upstream import adapt_megatron
+from tests import verification
 from tests.distributed.pool import RankPools
 
 # A busy machine makes single examples slow, and a failure has to come back on the next run.
@@ -21,7 +22,17 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, print_b
 settings.load_profile("repeatable")
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-verification",
+        action="store_true",
+        help="write down in docs/verification/ what has been verified of each preset",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-verification") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(verification.Recorder())
     # A shell starts background jobs with Ctrl-C ignored, and tests of it would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Before any test module imports megatron-core, as an entry point does it.
@@ -54,6 +65,7 @@ MARKERS = {
 # First, so that `-m "not distributed"` sees the marker.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    verification.note(items)
     for item in items:
         for fixture in MARKERS.keys() & {*getattr(item, "fixturenames", ())}:
             for name in MARKERS[fixture]:

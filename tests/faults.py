@@ -19,9 +19,9 @@ from tests.broken_runs import Outcome, train
 class Fault:
     """Attributes:
     where: `attention` of layer 2 gives NaN; `gradient` of layer 3's router is infinite, with
-        `spike` it is large; `loss` is infinite, with finite gradients; `update` leaves NaN in a
-        weight; `persistent` and `transient` are errors that Megatron's rerun machine is made to
-        see.
+        `spike` it is large; `loss` is infinite, with finite gradients, with `high` it is ten
+        times what it was; `update` leaves NaN in a weight; `persistent` and `transient` are
+        errors that Megatron's rerun machine is made to see.
     iterations: in which it happens.
     rank: of the world, on which it happens.
     """
@@ -104,6 +104,18 @@ def _loss(model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _high(model: Any) -> Iterator[None]:
+    def scaled(*call: Any) -> Tensor:
+        # The value alone: what is behind it in the graph has gradients as before.
+        return call[-1] + 9.0 * call[-1].detach()
+
+    handle = model.register_forward_hook(scaled) if model.post_process else None
+    yield
+    if handle is not None:
+        handle.remove()
+
+
+@contextmanager
 def _injected(kind: str, model: Any) -> Iterator[None]:
     from megatron.core.rerun_state_machine import (
         RerunDiagnostic,
@@ -125,6 +137,7 @@ FAULTS: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
     "gradient": _gradient,
     "spike": _spike,
     "loss": _loss,
+    "high": _high,
     "update": nullcontext,  # done behind the step
     "persistent": partial(_injected, "persistent_error"),
     "transient": partial(_injected, "transient_error"),

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 from unittest.mock import Mock, patch
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.attention import flex_attention as torchs
 
-from megatron_trinity.model import core_attention, flexible_attention, grouped_product, norm
+from megatron_trinity.model import compiling, core_attention, flexible_attention, grouped_product
 
 
 @contextmanager
@@ -43,22 +40,10 @@ def as_if_flexible(block: int = 8) -> Iterator[Mock]:
 
 
 @contextmanager
-def as_if_norm_kernels() -> Iterator[None]:
-    """Take torch's kernels of RMSNorm, with the formula for the backward one, which a CPU lacks."""
-
-    def backward(
-        of_output: Tensor, x: Tensor, shape: Any, r: Tensor, w: Tensor, _: Any
-    ) -> tuple[Tensor, Tensor]:
-        assert {tensor.dtype for tensor in (of_output, x, r, w)} == {torch.float32}
-        assert tuple(shape) == w.shape
-        along = (of_output * w * x).mean(dim=-1, keepdim=True)
-        of_gain = (of_output * x * r).flatten(0, -2).sum(dim=0)
-        return r * (of_output * w - x * r.square() * along), of_gain
-
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_fused_rms_norm_backward", backward, "CPU")
-    try:
-        with patch.object(norm, "has_kernels", lambda hidden: True):
-            yield
-    finally:
-        library._destroy()
+def as_if_compiled() -> Iterator[None]:
+    """Take the formulas that are compiled, as they are."""
+    with (
+        patch.object(compiling, "compiles", lambda tensor: True),
+        patch.object(compiling, "compiled", lambda function: function),
+    ):
+        yield

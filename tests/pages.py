@@ -22,7 +22,9 @@ from megatron_trinity.reporting import names
 from megatron_trinity.reporting.schema import KINDS
 from megatron_trinity.upstream.adaptations import ADAPTATIONS, MODULES
 from tests.distributed.layouts import FEATURES, LAYOUTS, MAX_RANKS, cannot_meet, ranks_of
+from tests.package_map import map_page
 from tests.paths import ROOT
+from tests.verification import verification_page
 
 DOCS = ROOT / "docs"
 
@@ -259,6 +261,8 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield DOCS / "layouts.md", layouts()
     yield DOCS / "upstream.md", upstream()
     yield DOCS / "log.md", log()
+    yield DOCS / "map.md", map_page()
+    yield DOCS / "verification.md", verification_page()
 
 
 if __name__ == "__main__":

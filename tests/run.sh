@@ -5,6 +5,7 @@
 # Those with other clients, in one more:                             bash tests/run.sh -m clients
 # Those with Transformer Engine's Python modules, in a small one:    bash tests/run.sh -m te
 # Those with NVIDIA DALI, in one more:                               bash tests/run.sh -m dali
+# The site of the guide, in one more:                                bash tests/run.sh -m docs
 # Every check runs even when an earlier one failed; the exit code is the first failure's.
 set -euo pipefail
 
@@ -17,9 +18,9 @@ cd "$root"
 # Ranks are processes: one thread each, or eight of them fight over a laptop's cores.
 export OMP_NUM_THREADS=1
 
-tests="not gpu and not vllm and not clients and not te and not dali and not slow"
+tests="not gpu and not vllm and not clients and not te and not dali and not docs and not slow"
 if [[ ${1:-} == --all ]]; then
-    tests="not gpu and not vllm and not clients and not te and not dali"
+    tests="not gpu and not vllm and not clients and not te and not dali and not docs"
     shift
 fi
 

@@ -85,8 +85,11 @@ def main() -> None:
 
 
 def export(args: Namespace) -> None:
+    from transformers import AfmoeConfig
+
     from megatron_trinity.checkpoint.hf.export_hf import export_hf
     from megatron_trinity.checkpoint.hf.files import write_json
+    from megatron_trinity.checkpoint.hf.readers import not_expressed
     from megatron_trinity.progress import progress_for_terminal
 
     memory, workers = memory_and_workers(args.memory_gb, args.workers)
@@ -105,6 +108,8 @@ def export(args: Namespace) -> None:
         show=progress_for_terminal,
     )
     print_written(args.hf, done.written, done.nonfinite)
+    for line in not_expressed(AfmoeConfig.from_pretrained(args.hf), args.experts):
+        print(f"note: {line}")
     errors = done.fp8_errors
     if errors:
         worst = max(errors, key=errors.__getitem__)

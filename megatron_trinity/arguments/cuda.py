@@ -72,7 +72,6 @@ CUDA_ONLY: tuple[CudaOnly, ...] = (
     CudaOnly("use_precision_aware_optimizer", "--use-precision-aware-optimizer", bool, _LEAVE_OUT),
     CudaOnly("optimizer_cpu_offload", "--optimizer-cpu-offload", bool, _LEAVE_OUT),
     CudaOnly("cpu_offloading_num_layers", "--cpu-offloading-num-layers", bool, _LEAVE_OUT),
-    CudaOnly("log_straggler", "--log-straggler", bool, _LEAVE_OUT),
     CudaOnly("nccl_ub", "--use-nccl-ub", bool, _LEAVE_OUT),
     CudaOnly("use_sharp", "--use-sharp", bool, _LEAVE_OUT),
 )

@@ -65,9 +65,12 @@ def offer_dali(parser: argparse.ArgumentParser) -> None:
 def derive_data(args: Namespace) -> None:
     """Set `dali`; to Megatron its order is that of torch's loader.
 
+    And `padded_rows`, which is so where the data are not known to be otherwise.
+
     Raises:
         UsageError: DALI is asked for and not installed.
     """
+    args.padded_rows = False
     args.dali = args.dataloader_type == "dali"
     if not args.dali:
         return

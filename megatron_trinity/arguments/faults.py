@@ -38,7 +38,7 @@ def add_fault_arguments(parser: argparse.ArgumentParser) -> None:
         "--spike-action",
         choices=("warn", "skip", "rewind"),
         default="warn",
-        help="warn alone; or do not apply a step whose gradient norm is a spike; or end with exit "
+        help="warn alone; or do not apply the step; or end with exit "
         "code 5, and leave its data out from the last checkpoint on (default: %(default)s)",
     )
     group.add_argument(
@@ -54,6 +54,14 @@ def add_fault_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         metavar="N",
         help="leave out up to N spikes in a row; one more ends the run (default: %(default)s)",
+    )
+    group.add_argument(
+        "--straggler-interval",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="compare the time that each rank needs for a step by itself, without its waits for "
+        "others, and name the slowest one; 0 for never (default: %(default)s)",
     )
 
 

@@ -46,7 +46,6 @@ def _te(*least: int) -> Callable[[Installed], bool]:
 
 TRANSFORMER_ENGINE = Library("Transformer Engine", _te(2, 1), INSTALL_TRANSFORMER_ENGINE)
 DEEP_EP = Library("DeepEP", lambda i: i.deep_ep, "build it from github.com/deepseek-ai/DeepEP")
-NVML = Library("nvidia-ml-py", lambda i: i.nvml, "pip install nvidia-ml-py")
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,6 @@ NEEDS: Mapping[str, Library] = {
     "--cpu-offloading-num-layers": TRANSFORMER_ENGINE,
     "--moe-enable-deepep": DEEP_EP,
     "--moe-token-dispatcher-type": DEEP_EP,
-    "--log-straggler": NVML,
 }
 """Flag of `CUDA_ONLY`, where it has a value that needs CUDA, to the package that it needs."""
 

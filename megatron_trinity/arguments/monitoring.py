@@ -118,6 +118,12 @@ MONITORING_REFUSALS: tuple[Refusal, ...] = (
         "{--profile-ranks=} are not all of this run; use 0 to one below {world_size|their number}",
     ),
     Refusal(
+        "log-progress",
+        lambda a: a.log_progress and not a.save,
+        "{--log-progress} writes a file into the folder that {--save} names; give that, or leave "
+        "it out",
+    ),
+    Refusal(
         "log-memory",
         lambda a: a.log_memory_interval is not None and a.log_memory_interval % a.log_interval != 0,
         "{--log-memory-interval=} is no multiple of {--log-interval=}; use a multiple",

@@ -35,7 +35,8 @@ LEAST: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use 0 or more": (
         lambda number: number >= 0,
         """--norm-epsilon --clip-grad --num-workers --manual-gc-interval
-        --start-eval-at-iter --tensorboard-queue-size --lr-restart-iters --ckpt-step""",
+        --start-eval-at-iter --straggler-interval --tensorboard-queue-size
+        --lr-restart-iters --ckpt-step""",
     ),
     "use more than 0": (
         lambda number: number > 0,

@@ -76,8 +76,8 @@ PRECISIONS: dict[str, Precision] = {
         (12, 9),
     ),
     "fp8-delayed": Precision(
-        "hybrid, as tensorwise; the scale is of the largest value of the last 1024 steps, since "
-        "that of one step alone is soon exceeded",
+        "hybrid, as tensorwise; the scale is of the largest value of the last 1024 micro-batches, "
+        "since that of one alone is soon exceeded",
         _fp8("hybrid", "delayed"),
         {"fp8_margin": 0, "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
         16,
@@ -306,12 +306,6 @@ PRECISION_REFUSALS: tuple[Refusal, ...] = (
         lambda a: a.precision == "fp8-delayed" and a.first_last_layers_bf16,
         "{--first-last-layers-bf16}: with {--precision=} all layers of a stage share a step of "
         f"their scales; leave it out, or use {RECOMMENDED}",
-    ),
-    Refusal(
-        "delayed-pipeline",
-        lambda a: a.precision == "fp8-delayed" and a.pipeline_model_parallel_size > 1,
-        "{--pipeline-model-parallel-size=}: how stages share the scales of {--precision=} is not "
-        "proved; leave it out, or use " + RECOMMENDED,
     ),
     Refusal(
         "delayed-recompute",

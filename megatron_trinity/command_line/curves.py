@@ -17,7 +17,7 @@ LOSS, VALIDATION_LOSS = "lm loss", "lm loss validation"
 TAIL = 50
 """Steps at the end that a figure is the mean of."""
 SMOOTHING = 10
-"""Steps that a point of a smooth line is the mean of."""
+"""Steps that a point of a smooth line is the mean of; of a short run half of them, for a line."""
 
 
 def note_flags(run: Path, flags: Sequence[str]) -> None:
@@ -46,6 +46,21 @@ def tail_mean(steps: Mapping[int, float]) -> float:
     """Of the last `TAIL` steps."""
     values = list(steps.values())[-TAIL:]
     return sum(values) / len(values)
+
+
+def running_mean(curve: Mapping[int, float]) -> dict[int, float]:
+    """Step to the mean of it and of those ahead of it, `SMOOTHING` in all."""
+    steps, values = list(curve), list(curve.values())
+    width = max(1, min(SMOOTHING, len(values) // 2))
+    return {
+        steps[end - 1]: sum(values[end - width : end]) / width
+        for end in range(width, len(values) + 1)
+    }
+
+
+def points(curve: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    """Where a curve is drawn: along, and up."""
+    return list(curve), list(curve.values())
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -8,6 +8,7 @@ lengths i32[S] | pointers i64[S] (bytes into the .bin) | document marks i64[D] (
 from __future__ import annotations
 
 import math
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,11 +92,12 @@ def unigram_entropy(counts: NDArray[np.int64]) -> float:
 
 def _file_size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        found = path.stat()
     except OSError as error:
-        raise TrinityError(
-            f"{path} cannot be read ({error.strerror}): check the path, or {_REMEDY}"
-        ) from error
+        raise _unreadable(path, error.strerror) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise _unreadable(path, "not a file")
+    return found.st_size
 
 
 def read_header(path: Path) -> tuple[np.dtype[np.integer], int, int]:
@@ -107,8 +109,12 @@ def read_header(path: Path) -> tuple[np.dtype[np.integer], int, int]:
     size = _file_size(path)
     if size < HEADER.size:
         raise _size_error(path, size, HEADER.size, "a header alone")
-    with open(path, "rb") as stream:
-        magic, version, code, sequences, marks = HEADER.unpack(stream.read(HEADER.size))
+    try:
+        with open(path, "rb") as stream:
+            header = stream.read(HEADER.size)
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from error
+    magic, version, code, sequences, marks = HEADER.unpack(header)
     if magic != MAGIC:
         raise _corrupt(path, "it does not start as an indexed dataset does")
     if version != VERSION:
@@ -161,6 +167,10 @@ def _check_marks(path: Path, marks: NDArray[np.int64], sequences: int) -> None:
         raise _corrupt(
             path, f"its documents cover sequences {marks[0]} to {previous}, not 0 to {sequences}"
         )
+
+
+def _unreadable(path: Path, why: str | None) -> TrinityError:
+    return TrinityError(f"{path} cannot be read ({why}): check the path, or {_REMEDY}")
 
 
 def _size_error(path: Path, size: int, expected: int, who: str) -> TrinityError:

@@ -57,6 +57,11 @@ class Plan:
         samples = None if phase.tokens is None else -(-phase.tokens // self._seq_length)
         return Phase(samples, {numbers[name]: weight for name, weight in weights.items()})
 
+    @property
+    def padded(self) -> bool:
+        """Whether samples may end in padding."""
+        return any(PACKINGS[phase.packing].padding for phase in self._kinds.values())
+
     def pieces(self, sample: int) -> tuple[Corpus, Sequence[Piece]]:
         """What `sample` of the run is made of.
 

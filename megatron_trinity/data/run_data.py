@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from dataclasses import dataclass
 
@@ -19,13 +20,14 @@ class RunData:
     Attributes:
         plan: what it trains on; None where it only evaluates.
         validation, test: what it evaluates on.
-        fingerprint: of what it trains on.
+        fingerprint: of what it trains on; None but on rank 0, which compares and saves it. It
+            reads all over the files, and thousands of ranks would do so on one file system.
     """
 
     plan: Plan | None
     validation: tuple[EvaluationSamples, ...]
     test: tuple[EvaluationSamples, ...]
-    fingerprint: Fingerprint
+    fingerprint: Fingerprint | None
 
     def bytes_per_token(self, of_set: str, of_test: bool) -> float | None:
         """Of an evaluation set, by its name; None where its manifests do not say."""
@@ -46,11 +48,14 @@ def run_data(args: Namespace, described: Description) -> RunData | None:
     if not args.skip_train:
         plan = Plan(described, args.seq_length, args.seed)
         plan.check_length(_length(args))
+    fingerprint = None
+    if os.environ.get("RANK", "0") == "0":
+        fingerprint = fingerprint_of(described, args.seed, tokenizer_sha256(args))
     return RunData(
         plan,
         _evaluated(args, described, test=False),
         _evaluated(args, described, test=True),
-        fingerprint_of(described, args.seed, tokenizer_sha256(args)),
+        fingerprint,
     )
 
 

@@ -43,9 +43,9 @@ class SampleFormat:
         """Tokens of `pieces`, `seq_length + 1` of them or, with padding behind, fewer.
 
         Returns: `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (fp32), `[s]`. With
-            masking also `cu_seqlens`, `[s + 1]` int32, cumulative lengths that end in s over and
-            over, and `max_seqlen`; a document's last token then carries no loss, since its label
-            is of another document.
+            masking also `cu_seqlens`, `[s + 1]` int32, cumulative lengths that end in the number
+            of tokens ahead of the padding over and over, and `max_seqlen`; a document's last token
+            then carries no loss, since its label is of another document.
 
         Raises:
             DataError: a token that the model has no embedding for.
@@ -79,7 +79,7 @@ class SampleFormat:
             # The last token of a row is a label alone, and may be all that there is of a document.
             borders = [border for border in ends if border < size + 1]
             mask[[border - 1 for border in borders]] = 0.0
-            cumulative = torch.full((size + 1,), size, dtype=torch.int32)
+            cumulative = torch.full((size + 1,), min(end, size), dtype=torch.int32)
             starts = torch.tensor([0, *(b for b in borders if b < size)], dtype=torch.int32)
             cumulative[: len(starts)] = starts
             sample |= {

@@ -56,13 +56,17 @@ def check_data(args: Namespace) -> Description:
             "WARNING: no validation data (--valid-data-path, or a share of --split): the run does "
             "not evaluate"
         )
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if _reads_for_its_node():
         checked: dict[str, IndexedDatasetInfo] = {}
         for part in described.parts():
             if part.prefix not in checked:
                 checked[part.prefix] = check_indexed_dataset(part.prefix)
             _check_share(args, part, checked[part.prefix])
     return described
+
+
+def _reads_for_its_node() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _check_masking(args: Namespace, described: Description) -> None:
@@ -77,11 +81,14 @@ def _check_masking(args: Namespace, described: Description) -> None:
 def check_manifests(args: Namespace, described: Description) -> None:
     """Refuse datasets that were made with another tokenizer, or for a larger model.
 
-    Both stand in the manifest that `tools/prepare_data.py` writes beside its datasets.
+    Both stand in the manifest that `tools/prepare_data.py` writes beside its datasets. One rank of
+    each node reads it for the others.
 
     Raises:
         UsageError: a dataset has tokens that the model has no embedding for, or other ones.
     """
+    if not _reads_for_its_node():
+        return
     tokenizer = tokenizer_sha256(args)
     unknown: list[tuple[str, str]] = []
     for prefix in dict.fromkeys(part.prefix for part in described.parts()):

@@ -6,6 +6,7 @@ Shapes: b sequences of the micro-batch, s tokens of a whole sequence, D document
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -45,6 +46,8 @@ class Documents(PackedSeqParams):
         starts: `[b, s]` int64, position of the first token of each token's document.
         ids: `[b, s]` int64, number of each token's document, 0 to D - 1 over all sequences.
         lengths: `[D]` int64.
+        padding: `[b, s]` bool, true for what is behind the documents of a row, which is a document
+            of its own here; None where no row may have any.
         masks: what attention has made of `starts`, by window.
         parts: of the sequence, by their first token, their length and the first key that they see.
     """
@@ -52,10 +55,29 @@ class Documents(PackedSeqParams):
     starts: Tensor
     ids: Tensor
     lengths: Tensor
+    padding: Tensor | None = None
     masks: dict[int | None, Any] = field(default_factory=dict, repr=False)
     parts: dict[tuple[int, int, int], Documents] = field(default_factory=dict, repr=False)
     _segments: dict[tuple[int, int, int], Segments] = field(default_factory=dict, repr=False)
     _ends: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+
+    @cached_property
+    def counted(self) -> Tensor:
+        """`[D]` int64, the tokens of each document that are no padding."""
+        if self.padding is None:
+            return self.lengths
+        return torch.zeros_like(self.lengths).index_add_(
+            0, self.ids.flatten(), (~self.padding).flatten().long()
+        )
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """`[D]` fp32, the share of each document in the tokens of its row that are no padding."""
+        real = torch.ones_like(self.ids) if self.padding is None else (~self.padding).long()
+        of_row = real / real.sum(dim=1, keepdim=True).clamp(min=1)
+        return of_row.new_zeros(len(self.lengths)).index_add_(
+            0, self.ids.flatten(), of_row.flatten()
+        )
 
     def segments(self, position: int, rows: int, keys: int) -> Segments:
         """Of the queries `position` ... `position + rows - 1` over the `keys` that end with them.
@@ -103,8 +125,14 @@ class Documents(PackedSeqParams):
         return self._ends
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, seq_length: int) -> Documents:
-        """From `[b, n]` cumulative lengths that begin with 0 and end with any number of s."""
+    def from_cu_seqlens(
+        cls, cu_seqlens: Tensor, seq_length: int, padded: bool = False
+    ) -> Documents:
+        """From `[b, n]` cumulative lengths that begin with 0.
+
+        They end with any number of s, or where rows may be `padded`, of the tokens ahead of the
+        padding.
+        """
         rows = cu_seqlens.shape[0]
         first = torch.zeros(rows, seq_length + 1, dtype=torch.int64, device=cu_seqlens.device)
         first = first.scatter_(1, cu_seqlens.long(), 1)[:, :seq_length]
@@ -117,6 +145,7 @@ class Documents(PackedSeqParams):
             starts=(first * positions).cummax(dim=1).values,
             ids=ids,
             lengths=torch.bincount(ids.flatten()),
+            padding=positions >= cu_seqlens[:, -1:] if padded else None,
         )
 
     def part(self, begin: int, length: int, first: int) -> Documents:

@@ -8,51 +8,51 @@ Shapes: n tokens, v logits of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils._triton import has_triton
+
+from megatron_trinity.model import compiling
 
 
 def is_fused(hidden: Tensor) -> bool:
     """Whether logits of such hidden states are taken here."""
-    return hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and bool(has_triton())
+    return hidden.dtype in (torch.bfloat16, torch.float16) and compiling.compiles(hidden)
 
 
-def fused_statistics(logits: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def fused_statistics(
+    logits: Tensor, target: Tensor, first: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """As `loss.statistics`, but the first result are the logits as they came."""
-    return logits, compiled(logit_statistics)(logits, target)
+    return logits, compiling.compiled(logit_statistics)(logits, target, first)
 
 
-def fused_gradient(logits: Tensor, *arguments: Tensor) -> Tensor:
+def fused_gradient(
+    logits: Tensor, shift: Tensor, factors: Tensor, both: Tensor, target: Tensor, first: int
+) -> Tensor:
     """As `loss.gradient` of `loss.exponentials`, in the dtype of the logits."""
-    result: Tensor = compiled(logit_gradient)(logits, *arguments)
+    result: Tensor = compiling.compiled(logit_gradient)(logits, shift, factors, both, target, first)
     return result
 
 
-@cache
-def compiled(function: Callable[..., Any], backend: str = "inductor") -> Any:
-    """Compiled at its first call, for all sizes."""
-    return torch.compile(function, backend=backend, dynamic=True, fullgraph=True)
-
-
-def logit_statistics(logits: Tensor, target: Tensor) -> Tensor:
+def logit_statistics(logits: Tensor, target: Tensor, first: int) -> Tensor:
     """`[4, n]` fp32."""
     x = logits.float()
     largest = x.amax(-1)
     exp_sum = (x - largest.unsqueeze(-1)).exp().sum(-1)
-    of_target = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1).float()
+    column = target - first
+    here = column.clamp(0, x.size(-1) - 1)
+    of_target = logits.gather(-1, here.unsqueeze(-1)).squeeze(-1).float()
+    of_target = torch.where(here == column, of_target, 0.0)
     return torch.stack([largest, exp_sum, of_target, x.sum(-1)])
 
 
 def logit_gradient(
-    logits: Tensor, shift: Tensor, factors: Tensor, of_cross_entropy: Tensor, target: Tensor
+    logits: Tensor, shift: Tensor, factors: Tensor, both: Tensor, target: Tensor, first: int
 ) -> Tensor:
     """`[n, v]`, see `loss.gradient`."""
-    x = (logits.float() - shift.unsqueeze(-1)).exp() * factors.unsqueeze(-1)
+    of_cross_entropy, of_log_sum_exp = both
+    weight = (of_cross_entropy + of_log_sum_exp) * factors
+    x = (logits.float() - shift.unsqueeze(-1)).exp() * weight.unsqueeze(-1)
     column = torch.arange(logits.size(-1), device=logits.device)
-    at_target = column == target.unsqueeze(-1)
+    at_target = column == (target - first).unsqueeze(-1)
     return (x - torch.where(at_target, of_cross_entropy.unsqueeze(-1), 0.0)).to(logits.dtype)

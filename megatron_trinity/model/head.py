@@ -72,4 +72,5 @@ class LMHead(ColumnParallelLinear):
             chunk_size=self.config.loss_chunk_size,
             into_main_grad=self.gradient_accumulation_fusion,
         )
-        return losses.stacked().float(), None
+        # Batch first, as Megatron's loss functions take it.
+        return losses.transpose(1, 2).contiguous().float(), None

@@ -1,4 +1,4 @@
-"""A Trinity layer: Megatron's, whose router also knows the documents of the tokens it gets."""
+"""A Trinity layer: Megatron's, whose router knows documents and padding of the tokens it gets."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from torch import Tensor
 from megatron_trinity.model.context_parallel import this_rank_part
 from megatron_trinity.model.documents import Documents
 from megatron_trinity.moe.router import TrinityRouter
+from megatron_trinity.moe.sequence_loss import RoutedDocuments
 
 
 class TrinityLayer(TransformerLayer):
-    """Megatron's layer hands documents to attention alone; the sequence-wise loss needs them."""
+    """Megatron's layer hands documents to attention alone; here the router has them, too.
+
+    Padding goes the way that Megatron has for it, as an argument, which recompute keeps. There is
+    none for documents: the router is told of them, for the sequence-wise loss.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As `TransformerLayer.forward`."""
         router = getattr(self.mlp, "router", None)
         documents = kwargs.get("packed_seq_params")
+        if documents is not None and documents.padding is not None:
+            kwargs["padding_mask"] = self._of_this_rank(documents.padding).T
         if not isinstance(router, TrinityRouter) or not self.config.seq_aux_loss_coeff:
             result: tuple[Tensor, Tensor | None] = super().forward(*args, **kwargs)
             return result
@@ -34,8 +41,17 @@ class TrinityLayer(TransformerLayer):
         if documents is None:
             router.documents = None
             return
-        ids = this_rank_part(documents.ids.T, self.pg_collection.cp)
+        router.documents = RoutedDocuments(
+            self._of_this_rank(documents.ids),
+            documents.lengths,
+            documents.counted,
+            documents.shares,
+        )
+
+    def _of_this_rank(self, tokens: Tensor) -> Tensor:
+        """`[b, s]` of whole sequences to this rank's part of them, `[s, b]`."""
+        part = this_rank_part(tokens.T, self.pg_collection.cp)
         if self.config.sequence_parallel:
             tp = self.pg_collection.tp
-            ids = ids.chunk(tp.size())[tp.rank()]
-        router.documents = (ids, documents.lengths)
+            part = part.chunk(tp.size())[tp.rank()]
+        return part

@@ -21,7 +21,7 @@ With one chunk, all logits fit into what a chunk may hold: they are kept, and no
 twice.
 
 What happens to the logits between the products is compiled where there is Triton (`fused_loss.py`),
-without an fp32 copy of them: a chunk is 8 launches then, and 23 elsewhere.
+without an fp32 copy of them: a chunk is 7 launches then, and 29 elsewhere.
 
 Shapes: n tokens, s sequence length, b micro-batch, h hidden size, v vocabulary (padded), tp
 tensor-parallel ranks.
@@ -30,13 +30,14 @@ tensor-parallel ranks.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_trinity.model import compiling
 from megatron_trinity.model.fused_loss import fused_gradient, fused_statistics, is_fused
 from megatron_trinity.model.weight_gradient import WeightGradient
 
@@ -48,28 +49,12 @@ ALIGNED = 8
 
 
 class Row(IntEnum):
-    """What `TrinityModel` returns of each token, by its index in the leading axis."""
+    """What `token_losses` gives of each token, and the model, by its index in the leading axis."""
 
     CROSS_ENTROPY = 0
     LOG_SUM_EXP = 1
     LARGEST_LOGIT = 2
     MEAN_LOGIT = 3
-
-
-class TokenLosses(NamedTuple):
-    """Values of each token, all `[s, b]`, in the order of `Row`.
-
-    fp32, or the dtype of the logits if that is wider. The same on every tensor-parallel rank.
-    """
-
-    cross_entropy: Tensor  # nats
-    log_sum_exp: Tensor
-    largest_logit: Tensor  # no gradient
-    mean_logit: Tensor  # no gradient
-
-    def stacked(self) -> Tensor:
-        """`[4, b, s]`: batch first, as Megatron's loss functions take it."""
-        return torch.stack(self).transpose(1, 2).contiguous()
 
 
 def token_losses(
@@ -81,8 +66,8 @@ def token_losses(
     *,
     chunk_size: int | None = None,
     into_main_grad: bool = False,
-) -> TokenLosses:
-    """Cross entropy, logsumexp, largest and mean logit of each token.
+) -> Tensor:
+    """Cross entropy, logsumexp, largest and mean logit of each token; no gradient of the last two.
 
     Everything is over the true vocabulary. How much it is padded depends on the number of ranks,
     and Megatron's own function counts the padding as ordinary logits; without padding the cross
@@ -101,8 +86,10 @@ def token_losses(
         chunk_size: tokens whose logits are held at once; 0 for all of them, None for chunks of
             one size, as few as `BYTES_AT_ONCE` allows.
         into_main_grad: see `WeightGradient`.
+    Returns: `[4, s, b]` in the order of `Row`, the same on every tensor-parallel rank; fp32, or the
+        dtype of the logits if that is wider.
     """
-    losses = _TokenLosses.apply(
+    losses: Tensor = _TokenLosses.apply(
         hidden.flatten(0, 1),
         weight,
         labels.flatten(),
@@ -111,7 +98,7 @@ def token_losses(
         chunk_length(labels.numel(), weight.size(0), chunk_size, bytes_of_logit(hidden)),
         into_main_grad,
     )
-    return TokenLosses(*(values.view(labels.shape) for values in losses))
+    return losses.view(-1, *labels.shape)
 
 
 def bytes_of_logit(hidden: Tensor) -> int:
@@ -152,29 +139,25 @@ class _TokenLosses(torch.autograd.Function):
         group: dist.ProcessGroup,
         chunk: int,
         into_main_grad: bool,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         tokens = hidden.size(0)
         start = group.rank() * weight.size(0)
         # Rows that pad the vocabulary have no part in anything.
         true_width = min(max(vocab_size - start, 0), weight.size(0))
-        local = labels - start
 
         fused = is_fused(hidden)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        # Of another rank's target some logit is read, and not taken.
-        target_here = local.clamp(0, max(true_width - 1, 0))
         x, parts = None, []
         for begin in range(0, tokens if true_width else 0, chunk):
             some = slice(begin, begin + chunk)
             x = None  # before the next one is made
             x, part = (fused_statistics if fused else statistics)(
-                hidden[some] @ weight[:true_width].t(), target_here[some], dtype
+                hidden[some] @ weight[:true_width].t(), labels[some], start, dtype
             )
             parts.append(part)
         if parts:
             largest, sums = torch.cat(parts, 1).split([1, 3])
             largest = largest[0]
-            sums[1].masked_fill_(target_here != local, 0)
         else:
             largest = torch.full((tokens,), -torch.inf, dtype=dtype, device=hidden.device)
             sums = largest.new_zeros(3, tokens)
@@ -187,30 +170,23 @@ class _TokenLosses(torch.autograd.Function):
             sums[0].mul_(ratio)
             # A target is on one rank.
             dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-        exp_sum, target, logit_sum = sums
-
-        # A probability is exp(logit - ours) * ratio.
+        values, factors = compiling.fitting(results, largest)(largest, sums, ratio, vocab_size)
         kept = x if chunk >= tokens else None
-        ratio = exp_sum.reciprocal() if ratio is None else ratio / exp_sum
-        ctx.save_for_backward(hidden, weight, local, ours, ratio, kept)
-        ctx.fused = fused
+        ctx.save_for_backward(hidden, weight, labels, ours, factors, kept)
+        ctx.fused, ctx.start = fused, start
         ctx.width, ctx.chunks, ctx.into_main_grad = true_width, -(-tokens // chunk), into_main_grad
-        log_sum = exp_sum.log_()
-        mean = logit_sum / vocab_size
-        ctx.mark_non_differentiable(largest, mean)
-        return log_sum - (target - largest), log_sum + largest, largest, mean
+        return values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        of_cross_entropy, of_log_sum_exp = gradients[: Row.LARGEST_LOGIT]
-        hidden, weight, local, shift, ratio, kept = ctx.saved_tensors
-        factors = (of_cross_entropy + of_log_sum_exp) * ratio
+    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, shift, factors, kept = ctx.saved_tensors
+        both = gradients[: Row.LARGEST_LOGIT]  # of cross entropy and logsumexp
         of_hidden = None
         of_weight = WeightGradient(weight, ctx.into_main_grad) if ctx.needs_input_grad[1] else None
         for rows in blocks(ctx.width, ctx.chunks):
             some = weight[rows]
-            arguments = (factors, of_cross_entropy, local - rows.start)
+            arguments = (factors, both, labels, ctx.start + rows.start)
             if ctx.fused:
                 x = hidden @ some.t() if kept is None else kept
                 of_logits = fused_gradient(x, shift, *arguments)
@@ -219,7 +195,7 @@ class _TokenLosses(torch.autograd.Function):
                 of_logits = gradient(x, *arguments).to(hidden.dtype)
             del x  # no more of them than a chunk has
             part = of_logits @ some
-            of_hidden = part if of_hidden is None else of_hidden.to(ratio.dtype).add_(part)
+            of_hidden = part if of_hidden is None else of_hidden.to(factors.dtype).add_(part)
             if of_weight is not None:
                 of_weight.add(rows, of_logits, hidden)
             del of_logits
@@ -230,24 +206,48 @@ class _TokenLosses(torch.autograd.Function):
         )
 
 
-def statistics(logits: Tensor, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def statistics(
+    logits: Tensor, target: Tensor, first: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """What a chunk's tokens need of their logits `[n, v]`.
 
     Args:
-        target: `[n]` int64.
+        target: `[n]` int64, indices into the whole vocabulary.
+        first: index of the first logit.
     Returns: exp(logit - largest) `[n, v]`, in the place of the logits if they are of `dtype`, and
         in `dtype` `[4, n]`: the largest logit and the sums of exponentials, target and logits.
     """
     x = logits.to(dtype)
     del logits
+    here, elsewhere = _within(x, target, first)
     result = x.new_empty(4, len(x))
     largest, exp_sum, of_target, logit_sum = result
     torch.amax(x, -1, out=largest)
     torch.sum(x, -1, out=logit_sum)
-    torch.gather(x, -1, target.unsqueeze(-1), out=of_target.unsqueeze(-1))
+    torch.gather(x, -1, here.unsqueeze(-1), out=of_target.unsqueeze(-1))
+    of_target.masked_fill_(elsewhere, 0)
     x.sub_(largest.unsqueeze(-1)).exp_()
     torch.sum(x, -1, out=exp_sum)
     return x, result
+
+
+def results(
+    largest: Tensor, sums: Tensor, ratio: Tensor | None, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """What is made of the statistics of the whole vocabulary.
+
+    Args:
+        largest: `[n]`.
+        sums: `[3, n]`, of exponentials, target and logits.
+        ratio: `[n]`, what makes of an exponential of this rank one of the whole vocabulary; None
+            for 1.
+    Returns: `[4, n]`, rows as in `Row`, and `[n]`, what makes of an exponential a probability.
+    """
+    exp_sum, target, logit_sum = sums
+    factors = exp_sum.reciprocal() if ratio is None else ratio / exp_sum
+    log_sum = exp_sum.log()
+    values = (log_sum - (target - largest), log_sum + largest, largest, logit_sum / vocab_size)
+    return torch.stack(values), factors
 
 
 def exponentials(logits: Tensor, shift: Tensor) -> Tensor:
@@ -255,16 +255,25 @@ def exponentials(logits: Tensor, shift: Tensor) -> Tensor:
     return logits.to(shift.dtype).sub_(shift.unsqueeze(-1)).exp_()
 
 
-def gradient(x: Tensor, factors: Tensor, of_cross_entropy: Tensor, target: Tensor) -> Tensor:
+def gradient(x: Tensor, factors: Tensor, both: Tensor, target: Tensor, first: int) -> Tensor:
     """softmax * (g_ce + g_lse) - onehot * g_ce, of a block of the vocabulary.
 
     Args:
         x: `[n, v]` exponentials; the result takes their place.
-        factors: `[n]`, what makes of an exponential the first term.
-        of_cross_entropy: `[n]`.
-        target: `[n]` int64, below 0 or from v on where it is in another block.
+        factors: `[n]`, what makes of an exponential a probability.
+        both: `[2, n]`, g_ce and g_lse.
+        target: `[n]` int64, indices into the whole vocabulary.
+        first: index of the block's first logit.
     """
-    here = target.clamp(0, x.size(-1) - 1)
-    of_target = -of_cross_entropy.masked_fill(here != target, 0)
-    x.mul_(factors.unsqueeze(-1))
+    here, elsewhere = _within(x, target, first)
+    of_cross_entropy, of_log_sum_exp = both
+    of_target = -of_cross_entropy.masked_fill(elsewhere, 0)
+    x.mul_(((of_cross_entropy + of_log_sum_exp) * factors).unsqueeze(-1))
     return x.scatter_add_(-1, here.unsqueeze(-1), of_target.unsqueeze(-1))
+
+
+def _within(logits: Tensor, target: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """`[n]`: a column of `logits`, the target's if it has one, and whether it has none."""
+    column = target - first
+    here = column.clamp(0, logits.size(-1) - 1)
+    return here, here != column

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron_trinity.model import compiling
 from megatron_trinity.model.architecture import post_norm_gain
 
 
@@ -32,9 +33,12 @@ class TrinityRMSNorm(nn.Module):
         # that are marked like this.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise `hidden` over its last dimension; same shape and dtype out."""
-        result: Tensor = _RMSNorm.apply(hidden, self.weight, self.eps)
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise `hidden` over its last dimension; same shape and dtype out.
+
+        With `residual`, of the same shape and dtype, the result is added to it.
+        """
+        result: Tensor = _RMSNorm.apply(hidden, self.weight, self.eps, residual)
         return result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrinityRMSNorm:
@@ -46,42 +50,45 @@ class TrinityRMSNorm(nn.Module):
         return self
 
 
-def has_kernels(hidden: Tensor) -> bool:
-    """Whether torch has one kernel for each pass."""
-    return hidden.is_cuda
-
-
 class _RMSNorm(torch.autograd.Function):
     """RMSNorm with a backward in few passes: on a CPU, autograd's of the formula takes most of it.
 
-    It keeps `hidden` as it is, where torch's own would keep the fp32 copy.
+    It keeps `hidden` as it is, where torch's own would keep an fp32 copy. Compiled it is one kernel
+    each way, which torch's is not: its gain would have to have the dtype of `hidden`.
 
     With r = 1 / sqrt(mean(x^2) + eps) and y = x r w, for the gradient g of y:
     dx = r (g w - x r^2 mean(g x w)) and dw = sum over tokens of g x r.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, gain: Tensor, eps: float) -> Tensor:
-        x = hidden.float()
-        if has_kernels(hidden):
-            normed, reciprocal = torch.ops.aten._fused_rms_norm(x, gain.shape, gain, eps)
+    def forward(
+        ctx: Any, hidden: Tensor, gain: Tensor, eps: float, residual: Tensor | None
+    ) -> Tensor:
+        if compiling.compiles(hidden):
+            others = [] if residual is None else [residual.detach()]
+            # Detached, since it would be compiled once more for each that has no gradient.
+            result: Tensor
+            result, reciprocal = compiling.compiled(normalise)(hidden.detach(), gain, eps, *others)
             ctx.save_for_backward(hidden, gain, reciprocal)
-            return normed.to(hidden.dtype)
+            return result
+        x = hidden.float()
         squares = x.square()
         reciprocal = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, gain, reciprocal)
         # In the place of the squares, which are not needed any more.
-        return torch.mul(x, reciprocal, out=squares).mul_(gain).to(hidden.dtype)
+        normed = torch.mul(x, reciprocal, out=squares).mul_(gain).to(hidden.dtype)
+        return normed if residual is None else residual + normed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
         hidden, gain, reciprocal = ctx.saved_tensors
-        if has_kernels(hidden):
-            of_x, of_gain = torch.ops.aten._fused_rms_norm_backward(
-                gradient.float(), hidden.float(), gain.shape, reciprocal, gain, [True, True]
+        of_residual = gradient if ctx.needs_input_grad[3] else None
+        if compiling.compiles(hidden):
+            of_x, of_gain = compiling.compiled(norm_gradients)(
+                gradient, hidden.detach(), gain, reciprocal
             )
-            return of_x.to(hidden.dtype), of_gain, None
+            return of_x, of_gain, None, of_residual
         x, g = (tensor.float().reshape(-1, gain.numel()) for tensor in (hidden, gradient))
         r = reciprocal.flatten()
         product = g * x
@@ -89,7 +96,27 @@ class _RMSNorm(torch.autograd.Function):
         along_x = (product @ gain).mul_(r.square()).div_(gain.numel())
         of_x = torch.mul(g, gain, out=product)
         of_x.addcmul_(x, along_x.unsqueeze(1), value=-1).mul_(r.unsqueeze(1))
-        return of_x.to(hidden.dtype).view(hidden.shape), of_gain, None
+        return of_x.to(hidden.dtype).view(hidden.shape), of_gain, None, of_residual
+
+
+def normalise(
+    hidden: Tensor, gain: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm as a formula to compile: its result, and 1/rms `[..., 1]` fp32."""
+    x = hidden.float()
+    reciprocal = x.square().mean(-1, keepdim=True).add(eps).rsqrt()
+    normed = (x * reciprocal * gain).to(hidden.dtype)
+    return normed if residual is None else residual + normed, reciprocal
+
+
+def norm_gradients(
+    gradient: Tensor, hidden: Tensor, gain: Tensor, reciprocal: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of `hidden`, in its dtype, and of the gain: a formula to compile."""
+    normed, weighted = hidden.float() * reciprocal, gradient.float() * gain
+    along = (weighted * normed).mean(-1, keepdim=True)
+    of_gain = (gradient.float() * normed).sum(tuple(range(hidden.dim() - 1)))
+    return ((weighted - normed * along) * reciprocal).to(hidden.dtype), of_gain
 
 
 class PostNormAdd(nn.Module):
@@ -122,4 +149,5 @@ class PostNormAdd(nn.Module):
         output, bias = output_with_bias
         if bias is not None or dropout:
             raise ValueError("Trinity's sublayers have no bias and no dropout")
-        return residual + self.norm(output)
+        result: Tensor = self.norm(output, residual)
+        return result

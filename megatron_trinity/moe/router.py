@@ -14,7 +14,11 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_trinity.moe.balancing import sign_update, smebu_update
-from megatron_trinity.moe.sequence_loss import document_balance_loss, sequence_balance_loss
+from megatron_trinity.moe.sequence_loss import (
+    RoutedDocuments,
+    document_balance_loss,
+    sequence_balance_loss,
+)
 
 NORMALIZATION_EPS = 1e-20  # as transformers' AfmoeTokenChoiceRouter has it
 MOMENTUM = "expert_bias_momentum"
@@ -23,7 +27,11 @@ the checkpoint has it."""
 
 
 def sigmoid_topk(
-    logits: Tensor, expert_bias: Tensor, topk: int, route_scale: float
+    logits: Tensor,
+    expert_bias: Tensor,
+    topk: int,
+    route_scale: float,
+    padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose experts and weigh them (report, eq. 16-18; the scale as the released code has it).
 
@@ -32,11 +40,17 @@ def sigmoid_topk(
         expert_bias: `[E]` fp32, added to the scores for the choice alone.
         topk: k.
         route_scale: sum of a token's weights.
+        padding: `[t]` bool, tokens that go to the experts in turn. The dispatchers want k experts
+            of each token, and padding, which is one token over and over, would choose the same.
     Returns: weights `[t, E]` fp32, zero where an expert is not chosen, and the choice `[t, E]`
         bool.
     """
     scores = torch.sigmoid(logits.float())
     chosen = torch.topk(scores + expert_bias, k=topk, dim=1).indices
+    if padding is not None:
+        first = topk * padding.cumsum(0).unsqueeze(1)
+        in_turn = (first + torch.arange(topk, device=first.device)) % scores.shape[1]
+        chosen = torch.where(padding.unsqueeze(1), in_turn, chosen)
     weights = scores.gather(1, chosen)
     weights = weights / (weights.sum(dim=1, keepdim=True) + NORMALIZATION_EPS) * route_scale
     return (
@@ -73,13 +87,13 @@ class TrinityRouter(TopKRouter):
         expert_bias: `[E]` fp32, saved. Moved by `balance` once an optimizer step.
         expert_bias_momentum: `[E]` fp32, saved; with `load_balancing` smebu only.
         tokens_per_expert: `[E]` int64, not saved; tokens that this rank has routed in training
-            since the last `take_counts`. Megatron's own `local_tokens_per_expert` is not used: it
-            is a float, which a bf16 model rounds above 256, and emptied before the step is taken.
+            since the last `take_counts`. Megatron's own `local_tokens_per_expert` is empty: it is
+            a float, which a bf16 model rounds above 256, and forgotten before the step is taken.
         sequence_loss: fp32, not saved; this rank's part of the sequence-wise losses since the last
             `take_sequence_loss`, before the coefficient. Of documents in a sequence it is the mean,
             weighted by their tokens.
-        documents: of the micro-batch that is routed next, the ids of this rank's tokens `[s, b]`
-            and the lengths `[D]`, or None if sequences are whole; `TrinityLayer` sets it.
+        documents: those of the micro-batch that is routed next, or None if sequences are whole;
+            `TrinityLayer` sets it.
 
     Evaluation changes none of them. Casts of the model to another precision leave their dtypes and
     values alone.
@@ -89,23 +103,27 @@ class TrinityRouter(TopKRouter):
         super().__init__(*args, **kwargs)
         # Megatron would move the bias before it is known whether the step is applied.
         self.frozen_expert_bias = True
+        # What it counts with, and empties in every step, a launch for each layer, is not used.
+        self.local_tokens_per_expert = self.expert_bias.new_empty(0)
         counts = torch.zeros_like(self.expert_bias, dtype=torch.int64)
         self.register_buffer("tokens_per_expert", counts, persistent=False)
         momentum = self.config.load_balancing == "smebu"
         self.register_buffer(MOMENTUM, torch.zeros_like(self.expert_bias) if momentum else None)
         self.register_buffer("sequence_loss", self.expert_bias.new_zeros(()), persistent=False)
-        self.documents: tuple[Tensor, Tensor] | None = None
+        self.documents: RoutedDocuments | None = None
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route `[s, b, E]` logits; returns weights and choice, both `[s * b, E]`.
 
-        `padding_mask`, `[s, b]`, is true for tokens that do not count for the load of experts.
+        `padding_mask`, `[s, b]`, is true for tokens that count neither for the load of experts nor
+        for the sequence-wise loss.
         """
         weights, chosen = sigmoid_topk(
             logits.view(-1, self.num_experts),
             self.expert_bias,
             self.topk,
             self.config.moe_router_topk_scaling_factor or 1.0,
+            None if padding_mask is None else padding_mask.reshape(-1),
         )
         # Recompute runs the first pass without gradients, so that a token counts once.
         if self.training and torch.is_grad_enabled():
@@ -144,17 +162,18 @@ class TrinityRouter(TopKRouter):
     def _with_sequence_loss(
         self, weights: Tensor, logits: Tensor, chosen: Tensor, padding_mask: Tensor | None
     ) -> Tensor:
-        if padding_mask is not None:
-            raise ValueError("the sequence-wise loss takes no padding; set its coefficient to 0")
+        if padding_mask is not None and self.documents is None:
+            raise ValueError("the sequence-wise loss needs documents where there is padding")
         arguments = (logits.float(), chosen.view(logits.shape), self.topk, self.tp_cp_group)
         tokens = logits.shape[0] * self.tp_cp_group.size()
         if self.documents is None:
             loss = sequence_balance_loss(*arguments).sum()
+            self.sequence_loss += loss.detach()
         else:
-            ids, lengths = self.documents
+            ids, lengths, counted, shares = self.documents
             losses = document_balance_loss(*arguments, ids, lengths)
-            loss = (losses * lengths).sum() / tokens
-        self.sequence_loss += loss.detach()
+            loss = (losses * counted).sum() / tokens
+            self.sequence_loss += (losses.detach() * shares).sum()
         # Megatron divides all gradients by the tokens of the global batch: a sequence weighs as
         # much as its tokens do, whatever the micro-batch.
         scaled = self.config.seq_aux_loss_coeff * tokens * loss

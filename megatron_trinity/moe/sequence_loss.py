@@ -9,10 +9,25 @@ of a sequence over all ranks that hold a part of it, D documents.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class RoutedDocuments(NamedTuple):
+    """The documents of the tokens that a router gets.
+
+    Padding behind the documents of a sequence is a document as well, with a length, and counts for
+    nothing.
+    """
+
+    ids: Tensor  # `[s, b]` int64, the document of each token on this rank
+    lengths: Tensor  # `[D]` int64, tokens over all ranks
+    counted: Tensor  # `[D]` int64, the same, 0 for padding
+    shares: Tensor  # `[D]` fp32, of the tokens of its sequence, 0 for padding
 
 
 def sequence_balance_loss(

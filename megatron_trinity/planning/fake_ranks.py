@@ -25,23 +25,11 @@ import torch.distributed as dist
 from megatron_trinity.errors import TrinityError, root_cause
 from megatron_trinity.model.boxes import Box
 from megatron_trinity.planning.sizes import LayerKind
+from megatron_trinity.planning.stages import Chunk
 from megatron_trinity.upstream import adapt_megatron
 
 DEFAULT_FLAGS = ("--train-iters", "1000000")
 """What Megatron asks for and no layout depends on."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A pipeline stage, or one virtual stage of it, as it was built.
-
-    Attributes:
-        layers: 0-based number of each decoder layer, and what it is.
-    """
-
-    layers: tuple[tuple[int, LayerKind], ...]
-    has_embedding: bool
-    has_lm_head: bool
 
 
 @dataclass(frozen=True)

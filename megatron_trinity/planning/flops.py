@@ -22,6 +22,18 @@ from megatron_trinity.planning.sizes import LayerKind, ModelSizes
 BACKWARD = 2
 """Backward has two products for each one of forward: gradients of inputs and of weights."""
 
+PARTS = PROJECTIONS, GATE, GLOBAL, LOCAL, DENSE, ROUTER, ROUTED, SHARED, HEAD = (
+    "projections of queries, keys, values and output",
+    "output gate",
+    "attention of global layers",
+    "attention in windows",
+    "dense lead-in",
+    "router",
+    "routed experts that a token takes",
+    "shared experts",
+    "LM head",
+)
+
 
 def attended_pairs(lengths: Sequence[int] | Any, window: int | None = None) -> int:
     """(query, key) pairs that attend to each other in documents of the given lengths.
@@ -109,3 +121,34 @@ def forward_flops(sizes: ModelSizes, tokens: int, global_pairs: int, local_pairs
 def training_flops(sizes: ModelSizes, tokens: int, global_pairs: int, local_pairs: int) -> int:
     """Forward and backward pass of the whole model. Arguments as in `layer_flops`."""
     return (1 + BACKWARD) * forward_flops(sizes, tokens, global_pairs, local_pairs)
+
+
+def forward_parts(
+    sizes: ModelSizes,
+    layers: Iterable[LayerKind],
+    has_lm_head: bool,
+    tokens: int,
+    global_pairs: int,
+    local_pairs: int,
+) -> dict[str, int]:
+    """The forward pass of layers by part; they sum up to `stage_flops`. Arguments as there."""
+    d, h = sizes.head_dim, sizes.hidden_size
+    of_gate = 2 * tokens * h * sizes.num_attention_heads * d
+    expert = 2 * tokens * 3 * h * sizes.moe_ffn_hidden_size
+    parts = dict.fromkeys(PARTS, 0)
+    for kind in layers:
+        parts[GATE] += of_gate
+        parts[PROJECTIONS] += attention_projection_flops(sizes, tokens) - of_gate
+        if kind.is_global:
+            parts[GLOBAL] += core_attention_flops(sizes, global_pairs)
+        else:
+            parts[LOCAL] += core_attention_flops(sizes, local_pairs)
+        if kind.is_moe:
+            parts[ROUTER] += 2 * tokens * h * sizes.num_experts
+            parts[ROUTED] += sizes.topk * expert
+            parts[SHARED] += sizes.num_shared_experts * expert
+        else:
+            parts[DENSE] += dense_mlp_flops(sizes, tokens)
+    if has_lm_head:
+        parts[HEAD] += lm_head_flops(sizes, tokens)
+    return parts

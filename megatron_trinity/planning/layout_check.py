@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from megatron_trinity.model.boxes import Box, cover
-from megatron_trinity.planning.fake_ranks import BuiltRank, Chunk, stage_ranks
+from megatron_trinity.planning.fake_ranks import BuiltRank, stage_ranks
 from megatron_trinity.planning.flops import forward_flops, pairs_of_layers, stage_flops
 from megatron_trinity.planning.parameters import total_parameters, training_state_bytes
 from megatron_trinity.planning.sizes import ModelSizes
+from megatron_trinity.planning.stages import Chunk
 
 BALANCE = 0.10
 """How far from the mean the FLOPs of a pipeline stage may be."""
@@ -38,7 +39,7 @@ class Stage:
     @property
     def holds(self) -> str:
         """For example `embedding, 1-4; 33-36`: a virtual stage between semicolons."""
-        return "; ".join(_describe(chunk) for chunk in self.chunks)
+        return "; ".join(describe(chunk) for chunk in self.chunks)
 
 
 class LayoutCheck:
@@ -161,7 +162,8 @@ class LayoutCheck:
                 yield f"{key}: some values are on {fewest} ranks, others on {most}"
 
 
-def _describe(chunk: Chunk) -> str:
+def describe(chunk: Chunk) -> str:
+    """For example `embedding, 1-4`."""
     parts = []
     if chunk.has_embedding:
         parts.append("embedding")

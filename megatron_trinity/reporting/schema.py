@@ -82,6 +82,17 @@ KINDS: dict[str, Kind] = {
             "background": "whether files were still being written then (`--async-save`)",
         },
     ),
+    "ranks": Kind(
+        "behind every step whose number `--straggler-interval` divides",
+        {
+            "iteration": "number of the step",
+            "slowest": "the rank whose own time is longest, compared with its pipeline stage's",
+            "host": "name of its machine",
+            "ratio": "its time to the median of its stage",
+            "parts": "the same by part of a step",
+            "seconds": "own time of a step, by rank",
+        },
+    ),
     "alarm": Kind(
         "with each warning about the run",
         {

@@ -66,7 +66,9 @@ def next_batch(
     )
     documents = None
     if masking:
-        documents = Documents.from_cu_seqlens(batch["cu_seqlens"], args.seq_length)
+        documents = Documents.from_cu_seqlens(
+            batch["cu_seqlens"], args.seq_length, padded=args.padded_rows
+        )
     group = parallel_state.get_context_parallel_group()
     parts = get_batch_on_this_cp_rank(
         {key: batch[key] for key in KEYS}, is_hybrid_cp=False, cp_group=group

@@ -20,7 +20,11 @@ WRITTEN = 64
 
 
 def note_data(args: Namespace, data: RunData | None) -> None:
-    """Let a checkpoint keep with its arguments what decides the order, and say what to know."""
+    """Let a checkpoint keep with its arguments what decides the order, and say what to know.
+
+    `args.padded_rows` says whether rows of the training data may end in padding.
+    """
+    args.padded_rows = data is not None and data.plan is not None and data.plan.padded
     if data is None or data.plan is None:
         return
     args.data_fingerprint = data.fingerprint

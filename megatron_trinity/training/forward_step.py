@@ -11,6 +11,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_trinity.model import compiling
 from megatron_trinity.model.loss import Row
 from megatron_trinity.training.batch import next_batch
 from megatron_trinity.training.flops import StepFlops
@@ -85,27 +86,50 @@ def masked_loss(
         tokens), which Megatron adds up over the global batch before it divides: `lm loss` (cross
         entropy alone) and, with c above 0, `z loss` (c * logsumexp^2).
     """
-    total, tokens, report = cross_entropy_loss(loss_mask, output)
-    lm_loss, count = report["lm loss"]
     mask = loss_mask.float()
+    total = torch.sum(output[Row.CROSS_ENTROPY] * mask)
+    noted = compiling.fitting(micro_batch_values, output)(output.detach(), mask)
+    count = noted[1]
+    report = {"lm loss": noted[:2]}
     if record is not None:
-        largest = output[Row.LARGEST_LOGIT].masked_fill(mask == 0, -torch.inf)
-        mean_logits = torch.sum(output[Row.MEAN_LOGIT] * mask)
-        record.append(lm_loss, count, largest.max(), mean_logits)
+        record.append(noted)
     if z_loss_coeff > 0:
         z_loss = z_loss_coeff * torch.sum(output[Row.LOG_SUM_EXP].square() * mask)
         report["z loss"] = torch.stack([z_loss.detach(), count])
         total = total + z_loss
-    return poisoned(total), tokens, report
+    result: Tensor = _Poisoned.apply(total)
+    return result, count.to(torch.int32), report
 
 
-def poisoned(total: Tensor) -> Tensor:
+def micro_batch_values(output: Tensor, mask: Tensor) -> Tensor:
+    """What is noted of a micro-batch, see `MicroBatchRecord.append`."""
+    largest = output[Row.LARGEST_LOGIT].masked_fill(mask == 0, -torch.inf)
+    return torch.stack(
+        [
+            torch.sum(output[Row.CROSS_ENTROPY] * mask),
+            mask.sum(),
+            torch.sum(output[Row.MEAN_LOGIT] * mask),
+            largest.max(),
+        ]
+    )
+
+
+class _Poisoned(torch.autograd.Function):
     """The same value, whose gradients are NaN if it is not finite.
 
     An infinite loss may well have finite gradients, which would be applied. The norm of NaN
     gradients tells every rank, with no exchange or host sync of its own.
     """
-    return total * (total.detach() * 0.0 + 1.0)
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor) -> Tensor:
+        ctx.save_for_backward(total)
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (total,) = ctx.saved_tensors
+        return torch.add(gradient, total, alpha=0)  # 0 times what is not finite is NaN
 
 
 def cross_entropy_loss(loss_mask: Tensor, output: Tensor) -> Loss:

@@ -11,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from megatron_trinity.checkpoint.whole.hold import Hold, holding
 from megatron_trinity.errors import TrinityError
@@ -23,8 +22,11 @@ LAST_WORDS = 5.0
 
 
 @contextmanager
-def held_save(args: Namespace) -> Iterator[Hold | None]:
+def held_save(args: Namespace, store: dist.Store) -> Iterator[Hold | None]:
     """Hold `--save` on rank 0, and wait for that on the others; None there, or without `--save`.
+
+    Args:
+        store: of the launch.
 
     Raises:
         TrinityError: another run holds it, or it cannot be written; the same on all ranks.
@@ -33,10 +35,6 @@ def held_save(args: Namespace) -> Iterator[Hold | None]:
         yield None
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # Kept as long as the run: where rank 0 has it, Megatron's own is that one, too.
-    store = None
-    if world_size > 1 and not dist.is_initialized():
-        store, _, _ = next(rendezvous("env://"))
     with ExitStack() as stack:
         held, fault = None, ""
         if rank == 0:
@@ -45,10 +43,7 @@ def held_save(args: Namespace) -> Iterator[Hold | None]:
                 held = stack.enter_context(_holding(args))
             except TrinityError as error:
                 fault = str(error)
-        if store is not None:
-            fault = by_store(store, rank, world_size, fault)
-        elif world_size > 1:
-            fault = _by_broadcast(fault)
+        fault = by_store(store, rank, world_size, fault)
         if fault:
             raise TrinityError(fault)
         yield held
@@ -63,12 +58,6 @@ def _holding(args: Namespace) -> AbstractContextManager[Hold]:
     )
 
 
-def _by_broadcast(fault: str) -> str:
-    shared = [fault]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
-
-
 def by_store(store: dist.Store, rank: int, world_size: int, fault: str) -> str:
     """What rank 0 has to say, on every rank, before there is a process group.
 
@@ -76,8 +65,7 @@ def by_store(store: dist.Store, rank: int, world_size: int, fault: str) -> str:
         store: of the launch.
         fault: of rank 0; "" if there is none.
     """
-    # torchrun starts ranks anew with the store of those before them.
-    key = f"trinity/save/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    key = "save"
     if rank != 0:
         store.wait([key], EVER)
         fault = store.get(key).decode()

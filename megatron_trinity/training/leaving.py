@@ -93,10 +93,14 @@ class Leaving:
             raise Stopped("", self.agreed.code) from None
 
     def step_begins(self) -> None:
-        """From the first step on there is something to save."""
+        """From the first step on there is something to save.
+
+        Raises:
+            Stopped: a rank was told to stop before it.
+        """
         if not self._begun:
             self._begun = True
-            self._stop.training_begins()
+            self._stop.training_begins(lambda: self.agreed if self.ask() else None)
 
     def _is_late(self) -> bool:
         from megatron.training import training

@@ -18,7 +18,7 @@ from megatron_trinity.data.run_data import RunData
 from megatron_trinity.errors import TrinityError
 from megatron_trinity.moe.metrics import LoadMetrics, by_layer, load_metrics, summary
 from megatron_trinity.reporting.console import StepValues
-from megatron_trinity.reporting.events import alarm
+from megatron_trinity.reporting.events import alarm, note
 from megatron_trinity.training.alarm import Alarms
 from megatron_trinity.training.balance import (
     StepBalance,
@@ -43,7 +43,10 @@ from megatron_trinity.training.metrics import (
     tokens_per_step,
 )
 from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
-from megatron_trinity.training.spikes import LOSS, NORM, Spikes, on_all_stages
+from megatron_trinity.training.slow_ranks import SlowRanks, ranks_line
+from megatron_trinity.training.slow_ranks import event as event_of_ranks
+from megatron_trinity.training.slow_ranks import scalars as scalars_of_ranks
+from megatron_trinity.training.spikes import LOSS, NORM, Spikes
 from megatron_trinity.training.step_guard import StepGuard
 from megatron_trinity.training.watch import Watch
 from megatron_trinity.upstream.training_hooks import StepOutcome
@@ -68,17 +71,19 @@ class StepObserver:
         data: RunData | None = None,
         leaving: Leaving | None = None,
         watch: Watch | None = None,
+        slow: SlowRanks | None = None,
         journal: Journal | None = None,
     ) -> None:
         """`record` is what the loss function writes to, `flops` what the loop asks.
 
         `held` is `--save` on rank 0: a run that has lost it ends with the next step. `data` is what
         the run reads. `leaving` hears behind each step whether a rank was told to stop; `watch` is
-        told of each step, `journal` of all that is known of it.
+        told of each step, `journal` of all that is known of it; `slow` measures steps.
         """
         self._journal = journal
         self._layers = moe_layers(args)
         self._leaving, self._watch = leaving, watch
+        self._slow = slow or SlowRanks(args)
         self._held = held
         self._data = data
         self._args = args
@@ -106,10 +111,18 @@ class StepObserver:
             self._watch.step_begins(self._iteration)
         if self._journal is not None and self._journal.iteration is None:
             self._journal.begins(self._iteration - 1, self._layers)
+        self._slow.step_begins(self._iteration)
+
+    def gradients_ready(self, optimizer: Any) -> None:
+        """Have a step left out whose loss is a spike, for which the host waits."""
+        self._slow.own.part_ends()
+        if self._spikes.leaves_out:
+            self._spikes.loss_known(optimizer, self._record.loss().item())
 
     def step_restarted(self, model: Sequence[Any]) -> None:
         """Forget what the first try has counted."""
         self._forget(model)
+        self._slow.own.forget()
         self._guard.restarted(model)
 
     def step_ended(self, model: Sequence[Any], optimizer: Any, outcome: StepOutcome) -> None:
@@ -119,6 +132,7 @@ class StepObserver:
             StepError: the step was not applied for what it computed, and ends the run.
             TrinityError: another run has taken over `--save`.
         """
+        self._slow.own.part_ends()
         if self._held is not None:
             self._held.check(look=False)
         if self._watch is not None:
@@ -129,13 +143,15 @@ class StepObserver:
         self._applied = outcome.applied
         if self._guard.drops(model, outcome):
             self._forget(model)
+            self._slow.own.forget()
             return
         layers = self._layers
         told = None if self._leaving is None else self._leaving.told()
         balance = balance_experts(model, layers, self._args.num_experts, outcome.applied, told)
         metrics, values = self._read(balance, outcome)
+        self._tell_ranks()
         if self._args.spike_factor and outcome.norm is not None:
-            loss = on_all_stages(self._losses.get(LOSS))
+            loss = self._spikes.loss(self._losses.get(LOSS))
             judged = {LOSS: loss, NORM: float(outcome.norm)}
             self._spikes.ends(self._iteration, judged, outcome.applied)
         by_number = by_layer(metrics, layers)
@@ -249,6 +265,14 @@ class StepObserver:
             self._journal.data(self._iteration, given)
         self._write(scalars(given))
 
+    def _tell_ranks(self) -> None:
+        """Name the slowest rank, where ranks are compared behind this step."""
+        times = self._slow.step_read(self._iteration)
+        if times is not None:
+            print_rank_last(ranks_line(times))
+            note(event_of_ranks(times))
+            self._write(scalars_of_ranks(times), always=True)
+
     def _forget(self, model: Sequence[Any]) -> None:
         forget_counts(model)
         self._record.clear()
@@ -263,7 +287,7 @@ class StepObserver:
         self, balance: StepBalance, outcome: StepOutcome
     ) -> tuple[LoadMetrics, dict[str, float]]:
         """All that the host has to know of the step, for which it waits once."""
-        totals = self._record.totals()
+        rows = self._record.gathered()
         lost = (balance.sequence_losses,) if self._args.seq_aux_loss_coeff else ()
         counts, bias, *read = on_host(
             [
@@ -271,7 +295,7 @@ class StepObserver:
                 balance.bias,
                 *(() if balance.told is None else (balance.told,)),
                 *outcome.losses.values(),
-                *(() if totals is None else (totals,)),
+                *(() if rows is None else (rows,)),
                 *lost,
             ]
         )
@@ -284,12 +308,13 @@ class StepObserver:
         if self._args.seq_aux_loss_coeff:
             total = self._args.seq_aux_loss_coeff * float(read.pop().sum())
             self._sequence_loss = {"sequence loss": total / get_current_global_batch_size()}
-        values = {} if totals is None else step_values(read[-1].tolist())
+        values = {} if rows is None else step_values(read[-1])
         return metrics, values
 
-    def _write(self, values: Mapping[str, float]) -> None:
+    def _write(self, values: Mapping[str, float], always: bool = False) -> None:
         tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
-        if tensorboard and self._iteration % self._args.tensorboard_log_interval == 0:
+        due = always or self._iteration % self._args.tensorboard_log_interval == 0
+        if tensorboard and due:
             for name, value in values.items():
                 tensorboard.add_scalar(name, value, self._iteration)
         if wandb:

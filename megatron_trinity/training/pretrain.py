@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron.core.enums import ModelType
 from megatron.training.async_utils import maybe_finalize_async_save
@@ -29,17 +30,22 @@ from megatron_trinity.training.balance import announce_balance
 from megatron_trinity.training.checkpoints import WholeCheckpoints
 from megatron_trinity.training.data_given import note_data
 from megatron_trinity.training.flops import StepFlops
+from megatron_trinity.training.following import following
 from megatron_trinity.training.forward_step import forward_step
 from megatron_trinity.training.held_save import held_save
 from megatron_trinity.training.journal import Journal
+from megatron_trinity.training.launch_store import launch_store
 from megatron_trinity.training.leaving import Leaving
 from megatron_trinity.training.load_paths import goes_on_in_save
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 from megatron_trinity.training.observer import StepObserver
 from megatron_trinity.training.opening import opening, print_opening
 from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
+from megatron_trinity.training.own_time import OwnTime
 from megatron_trinity.training.profiles import check_profile
+from megatron_trinity.training.progress_file import check_progress
 from megatron_trinity.training.resume import check_checkpoint, start_of
+from megatron_trinity.training.slow_ranks import SlowRanks
 from megatron_trinity.training.spikes import SKIPPED, noted
 from megatron_trinity.training.stop import Stop, stopping
 from megatron_trinity.training.vocabulary import check_tokenizer_path, settle_vocabulary
@@ -89,28 +95,32 @@ def _train(args: Namespace, stop: Stop, journal: Journal) -> None:
     check_manifests(args, described)
     data = run_data(args, described)
     note_data(args, data)
-    with held_save(args) as held, finished_saves():
+    store = launch_store(args.distributed_timeout_minutes)
+    with following(stop, store), held_save(args, store) as held, finished_saves():
         checked = check_checkpoint(args)
         check_profile(args, start_of(args, checked))
+        check_progress(args)
         leave_out_noted(args)
         if args.rank == 0 and not args.verbose_log:
             print_opening(opening(args, data, start_of(args, checked)))
         record, flops = MicroBatchRecord(), StepFlops(args)
         set_flop_counter(flops)
-        leaving, watch = Leaving(args, stop), Watch(args)
-        observer = StepObserver(args, record, flops, held, data, leaving, watch, journal)
+        leaving, watch, slow = Leaving(args, stop), Watch(args, store), SlowRanks(args)
+        observer = StepObserver(args, record, flops, held, data, leaving, watch, slow, journal)
         set_training_hooks(observer)
         set_checkpoint_hooks(WholeCheckpoints(args, checked, held, data))
         set_up_optimizer(args)
         with refusing("the model cannot be configured"):
             model_config = model_config_from_args(args)
         model_config.pre_wrap_hooks.append(partial(announce_balance, args))
-        with watch.watching(), leaving.with_its_code():
+        step = partial(forward_step, record=record, flops=flops)
+        with watch.watching(), leaving.with_its_code(), slow.own.until_the_end():
             megatron_pretrain(
                 container_from_args(args, model_config),
                 without_interruption(dataset_provider(data), stop),
                 ModelType.encoder_or_decoder,
-                partial(forward_step, record=record, flops=flops),
+                timing_reading(step, slow.own) if args.straggler_interval else step,
+                store=store,
             )
 
 
@@ -131,6 +141,15 @@ def without_interruption[**P, T](function: Callable[P, T], stop: Stop) -> Callab
             return function(*args, **kwargs)
 
     return finished
+
+
+def timing_reading(step: Callable[..., Any], own: OwnTime) -> Callable[..., Any]:
+    """`step`, whose samples count as read in the own time of a rank."""
+
+    def timed(data_iterator: Any, *args: Any) -> Any:
+        return step(own.reading(data_iterator), *args)
+
+    return timed
 
 
 @contextmanager

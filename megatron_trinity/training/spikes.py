@@ -26,6 +26,9 @@ SKIPPED = "skipped_steps.json"
 
 LOSS, NORM = "lm loss", "gradient norm"
 
+NO_NORM = -1.0
+"""A threshold that every norm is above."""
+
 HISTORY = "spike_history"
 """Argument that holds what the medians are of; arguments are saved with every checkpoint."""
 
@@ -44,6 +47,7 @@ class Spikes:
     def __init__(self, args: Namespace) -> None:
         self._args = args
         self._in_a_row = 0
+        self._loss: float | None = None  # of the step under way, where it is known before its end
         if not hasattr(args, HISTORY):
             setattr(args, HISTORY, {})
 
@@ -53,11 +57,30 @@ class Spikes:
         known = self._args.spike_factor and len(past) >= self._args.spike_window // 2
         return self._args.spike_factor * median(past) if known else math.inf
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a step that is a spike is not applied."""
+        return bool(self._args.spike_factor) and self._args.spike_action == "skip"
+
     def begins(self, optimizer: Any) -> None:
         """Have the optimizer leave out a step whose gradient norm will be a spike."""
-        if self._args.spike_action == "skip":
-            for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-                part.config.grad_norm_skip_threshold = self.limit(NORM)
+        if self.leaves_out:
+            _leave_out_above(optimizer, self.limit(NORM))
+
+    def loss_known(self, optimizer: Any, loss: float) -> None:
+        """Have the optimizer leave the step out if its loss is a spike; the same on every rank."""
+        self._loss = loss
+        if loss > self.limit(LOSS):
+            _leave_out_above(optimizer, NO_NORM)
+
+    def loss(self, of_last_stage: float | None) -> float:
+        """The loss that a step is judged by, on every rank.
+
+        It is what was known before the update, or else that of the last stage, which is None
+        elsewhere; the host waits for that if there are several stages.
+        """
+        known, self._loss = self._loss, None
+        return on_all_stages(of_last_stage) if known is None else known
 
     def ends(self, iteration: int, values: Mapping[str, float], applied: bool) -> None:
         """Judge a step by its values, which are the same on every rank.
@@ -92,6 +115,11 @@ class Spikes:
         window = self._args.spike_window
         new = {name: [*past.get(name, []), value][-window:] for name, value in values.items()}
         setattr(self._args, HISTORY, {**past, **new})
+
+
+def _leave_out_above(optimizer: Any, norm: float) -> None:
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part.config.grad_norm_skip_threshold = norm
 
 
 def rewind(args: Namespace, iteration: int, what: str) -> SpikeError:

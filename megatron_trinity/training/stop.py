@@ -1,8 +1,9 @@
 """Being told to stop: by a signal, or by the end of the launcher.
 
 A signal is noted, and training leaves when all ranks know of it (`leaving.py`). Until the first
-step there is nothing to save, and the process leaves at once. A thread sees to it that it leaves
-in time, wherever the main thread waits. This file imports no torch: it is there before that is.
+step there is nothing to save, and the process leaves at once (`following.py`: the others with it).
+A thread sees to it that it leaves in time, wherever the main thread waits. This file imports no
+torch: it is there before that is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -53,6 +54,7 @@ class Stop:
         reasons: all that there may be, the weightiest first; the same on every rank.
         pending: those that this process has met.
         within: seconds that it has, once training has begun.
+        has_begun: whether it has.
         since: when it was first told, by the monotonic clock; None if it was not.
     """
 
@@ -61,7 +63,8 @@ class Stop:
         self.pending: set[Reason] = set()
         self.within = WITHIN
         self.since: float | None = None
-        self._saves, self._deferred, self._raised, self._times = False, False, False, 0
+        self.has_begun = False
+        self._deferred, self._asks, self._raised, self._times = False, False, False, 0
         self._told = threading.Event()
         self._before: dict[int, object] = {}
         self._reader, self._writer = os.pipe()
@@ -98,14 +101,19 @@ class Stop:
             self.signals.append(number)
             self._before[number] = signal.signal(number, self._handle)
 
-    def training_begins(self) -> None:
+    def training_begins(self, agreed: Callable[[], Reason | None]) -> None:
         """From now on there is something to save: signals wait for the end of a step.
 
+        Args:
+            agreed: has all ranks agree on whether one was told so far.
+
         Raises:
-            Stopped: one came before.
+            Stopped: one was; on every rank.
         """
-        self.raise_pending()
-        self._saves = True
+        self._asks = True  # no rank leaves alone any more
+        if (reason := agreed()) is not None:
+            raise self.before_the_first_step(reason)
+        self.has_begun = True
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -118,12 +126,22 @@ class Stop:
         self.raise_pending()
 
     def raise_pending(self) -> None:
-        if self.pending and not (self._saves or self._raised):
+        if self.pending and not (self.has_begun or self._asks or self._raised):
             self._raised = True
-            raise Stopped(
-                f"stopped by {self.first.words} before the first step; nothing was written",
-                self.first.code,
-            )
+            raise self.before_the_first_step(self.first)
+
+    def before_the_first_step(self, reason: Reason) -> Stopped:
+        return Stopped(
+            f"stopped by {reason.words} before the first step; nothing was written", reason.code
+        )
+
+    def hear(self, reason: Reason) -> None:
+        """Leave since another rank was told to; from any thread."""
+        number = next((n for n in self.signals if by_signal(n) == reason), None)
+        if number is None:
+            self._note(reason)
+        else:  # as if it had come here, which the main thread hears wherever it can
+            os.kill(os.getpid(), number)
 
     @property
     def first(self) -> Reason:
@@ -165,10 +183,10 @@ class Stop:
     def _look_at_the_clock(self) -> None:
         if self.since is None:
             return
-        may_take = self.within if self._saves or self._deferred else min(AT_START, self.within)
+        may_take = self.within if self.has_begun or self._deferred else min(AT_START, self.within)
         if time.monotonic() - self.since < may_take:
             return
-        if not self._saves:
+        if not self.has_begun:
             leave(f"stopped by {self.first.words} before the first step", self.first.code)
         leave(
             f"error: not saved within {may_take:g} s of {self.first.words}; the newest whole "
@@ -204,6 +222,7 @@ def leave(line: str, code: int) -> NoReturn:
         if line:
             print(line if rank == "0" else f"rank {rank}: {line}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+    exits.tell(code)
     os._exit(code)
 
 

@@ -16,15 +16,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from megatron_trinity import exits
 from megatron_trinity.checkpoint.whole.owner import Owner, this_process
 from megatron_trinity.errors import OF_THIS_RANK, Stopped, TrinityError, root_cause
 from megatron_trinity.reporting.events import note_from_here
+from megatron_trinity.training.launch_store import own_client
 from megatron_trinity.training.stop import leave
 from megatron_trinity.training.stuck import Stuck, behind, stuck_here, write_stacks
 
@@ -48,9 +47,11 @@ class Watch:
 
     Args:
         args: `hang_minutes`, 0 for no alarm.
+        store: of the launch.
     """
 
-    def __init__(self, args: Namespace) -> None:
+    def __init__(self, args: Namespace, store: dist.Store) -> None:
+        self._store = dist.PrefixStore("watch", own_client(store))
         self._limit = 60.0 * args.hang_minutes
         self._folder = run_folder(args)
         self._iteration, self._may_take, self._since = 0, 0.0, time.monotonic()
@@ -95,11 +96,8 @@ class Watch:
     def _start(self) -> None:
         self._started = True
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        # A client of its own: one that waits keeps all others of the same client waiting.
-        store: Any = distributed_c10d._get_default_store()
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"trinity/watch/{restart}", store.clone())
-        self._store.set(f"who/{self._rank}", json.dumps(asdict(this_process())))
+        with suppress(Exception):  # the store is gone, with the launcher: this step is the last one
+            self._store.set(f"who/{self._rank}", json.dumps(asdict(this_process())))
         self._neighbours: dict[int, Owner] = {}
         self._thread.start()
 
@@ -126,7 +124,10 @@ class Watch:
         if any(word in text.lower() for word in _CONNECTION):
             deadline = time.monotonic() + CAUSE
             while time.monotonic() < deadline:
-                if (cause := self._cause()) is not None:
+                cause = None
+                with suppress(Exception):
+                    cause = self._cause()
+                if cause is not None:
                     self._closed.set()
                     line = cause if self._speaks() else ""
                     self._note("rank lost", line)

@@ -45,7 +45,6 @@ class Installed:
         wgrad_fusion: Apex's kernel that adds a weight's gradient up in fp32 while it is computed.
         deep_ep: DeepEP.
         triton: Triton, with the C compiler and the headers of Python that it compiles with.
-        nvml: the bindings to the driver's counters.
     """
 
     transformer_engine: str | None = None
@@ -53,7 +52,6 @@ class Installed:
     wgrad_fusion: bool = False
     deep_ep: bool = False
     triton: bool = False
-    nvml: bool = False
 
 
 @functools.cache
@@ -71,7 +69,6 @@ def find_installed() -> Installed:
         wgrad_fusion=apex and _has_kernels("fused_weight_gradient_mlp_cuda"),
         deep_ep=_there("deep_ep"),
         triton=_there("triton") and can_compile(),
-        nvml=_there("pynvml"),
     )
 
 

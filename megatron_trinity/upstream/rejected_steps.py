@@ -120,8 +120,12 @@ def _without_raising(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _noting(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def get_grad_norm(self: Any) -> Any:
+    def get_grad_norm(self: Any) -> float | None:
         norm = original(self)
+        if norm is not None:
+            # Of Transformer Engine's kernels it is a tensor, which would be read once more for each
+            # use: clipping, the other ranks of the model, the log.
+            norm = float(norm)
         self.norm_is_finite = norm is None or math.isfinite(norm)
         return norm
 

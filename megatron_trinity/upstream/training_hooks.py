@@ -31,10 +31,11 @@ ADAPTATION = Adaptation(
     ),
     reason=(
         "the loop has no hook behind an optimizer step, where it is known whether the step was "
-        "applied, and none behind an evaluation; `training_log` prints and writes only what the "
-        "loss function reported, and waits for the device and the other ranks for numbers of the "
-        "host. The loop gathers from all ranks behind each step whether a signal came, of one "
-        "kind, with a wait of the host, and not during an evaluation"
+        "applied, none before it, where it can still be left out, and none behind an evaluation; "
+        "`training_log` prints and writes only what the loss function reported, and waits for the "
+        "device and the other ranks for numbers of the host. The loop gathers from all ranks "
+        "behind each step whether a signal came, of one kind, with a wait of the host, and not "
+        "during an evaluation"
     ),
     written_for="megatron-core 0.19.2",
     remove_when="the loop takes callbacks, and metrics from the outside",
@@ -64,6 +65,9 @@ class TrainingHooks(Protocol):
 
     def step_begins(self, optimizer: Any) -> None:
         """Before each step."""
+
+    def gradients_ready(self, optimizer: Any) -> None:
+        """When a step's gradients are known, and before anything is applied."""
 
     def step_restarted(self, model: Sequence[Any]) -> None:
         """Before a step is run again, which takes the same samples as the first time."""
@@ -148,7 +152,8 @@ def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
             return train_step(*call, **kwargs)
         _hooks.step_begins(optimizer)
         rejected = None
-        with calling_on_rerun(partial(_hooks.step_restarted, model)):
+        ready = partial(_hooks.gradients_ready, optimizer)
+        with calling_on_rerun(partial(_hooks.step_restarted, model)), _before(optimizer, ready):
             try:
                 result = train_step(*call, **kwargs)
             except StepRejected as rejection:
@@ -159,6 +164,22 @@ def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return step_then_hook
+
+
+@contextmanager
+def _before(optimizer: Any, ready: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile call `ready` before each step of the optimizer."""
+    step = optimizer.step
+
+    def ready_then_step() -> Any:
+        ready()
+        return step()
+
+    optimizer.step = ready_then_step
+    try:
+        yield
+    finally:
+        del optimizer.step
 
 
 def _with_values(training_log: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -15,63 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AfmoeForCausalLM, AutoTokenizer
 
-from megatron_trinity.data.tokenizer import save_tokenizer, train_tokenizer
-from tests.afmoe import random_tensors, write_afmoe
+from tests.clients.exports import TEXT, client
 from tests.distributed.pool import RankPools
-from tests.paths import ROOT
-from tests.trinity import afmoe_config
 
 pytestmark = [pytest.mark.clients, pytest.mark.slow]
 
-CONFIG = afmoe_config(vocab_size=300)
-TEXT = "the sky over the harbour was grey, and def mean(values): return sum(values)"
 LORA_RANK = 2
-LIMIT = 300
-
-
-def export(rank: int, world_size: int, root: Path) -> None:
-    from megatron_trinity.checkpoint.hf.export_hf import export_hf
-    from megatron_trinity.checkpoint.hf.import_hf import import_hf
-
-    import_hf(root / "random", root / "megatron")
-    for dtype in ("fp32", "bf16"):
-        export_hf(root / "megatron", root / dtype, dtype=dtype, tokenizer=root / "tokenizer")
-
-
-@pytest.fixture(scope="module")
-def root(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Has exports of one model: `fp32` and `bf16`."""
-    root = tmp_path_factory.mktemp("clients")
-    (root / "tokenizer").mkdir()
-    save_tokenizer(train_tokenizer([TEXT] * 3, CONFIG.vocab_size), root / "tokenizer")
-    write_afmoe(root / "random", CONFIG, random_tensors(CONFIG, torch.float32))
-    ranks.run(export, root, world_size=1)
-    return root
-
-
-def client(python: Path, home: Path, *words: str | Path) -> str:
-    """What a command prints that runs offline, in the environment of the clients."""
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(home),
-        "HF_HOME": str(home / "hf"),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [python, *words],
-        cwd=ROOT / "tests/clients",
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def returned(
@@ -112,11 +59,11 @@ def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_saved_again_by_transformers(
-    clients_python: Path, ranks: RankPools, root: Path, tmp_path: Path, dtype: str
+    clients_python: Path, ranks: RankPools, exports: Path, tmp_path: Path, dtype: str
 ) -> None:
-    client(clients_python, tmp_path, "resave.py", root / dtype, tmp_path / "hf")
+    client(clients_python, tmp_path, "resave.py", exports / dtype, tmp_path / "hf")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
-    back, exported = come_back(ranks, tmp_path / "hf", tmp_path), weights(root / dtype)
+    back, exported = come_back(ranks, tmp_path / "hf", tmp_path), weights(exports / dtype)
     for name, tensor in exported.items():
         if dtype == "bf16" and "norm" in name:  # it loads all but the expert bias in bf16
             exported[name] = tensor.bfloat16().float()
@@ -124,23 +71,23 @@ def test_saved_again_by_transformers(
     assert {name: t.dtype for name, t in back.items()} == {n: t.dtype for n, t in exported.items()}
 
 
-def fine_tuned(python: Path, root: Path, work: Path, mode: str) -> Sequence[float]:
+def fine_tuned(python: Path, exports: Path, work: Path, mode: str) -> Sequence[float]:
     """Losses of the steps, of which the first is that of the export."""
-    printed = client(python, work, "finetune.py", root / "fp32", work / "hf", mode)
+    printed = client(python, work, "finetune.py", exports / "fp32", work / "hf", mode)
     losses: list[float] = json.loads(printed.strip().splitlines()[-1])
-    ids = AutoTokenizer.from_pretrained(root / "fp32")(TEXT, return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(exports / "fp32")(TEXT, return_tensors="pt").input_ids
     with torch.no_grad():
-        first = AfmoeForCausalLM.from_pretrained(root / "fp32")(ids, labels=ids).loss
+        first = AfmoeForCausalLM.from_pretrained(exports / "fp32")(ids, labels=ids).loss
     assert losses[0] == pytest.approx(first.item(), rel=1e-4)
     assert losses[-1] < losses[0] - 0.5
     return losses
 
 
 def test_steps_of_trainer(
-    clients_python: Path, ranks: RankPools, root: Path, tmp_path: Path
+    clients_python: Path, ranks: RankPools, exports: Path, tmp_path: Path
 ) -> None:
-    fine_tuned(clients_python, root, tmp_path, "full")
-    back, before = come_back(ranks, tmp_path / "hf", tmp_path), weights(root / "fp32")
+    fine_tuned(clients_python, exports, tmp_path, "full")
+    back, before = come_back(ranks, tmp_path / "hf", tmp_path), weights(exports / "fp32")
     same = back.keys() - different(back, before)
     # Trainer leaves the expert bias, and experts that no token went to.
     assert {name for name in same if ".experts." not in name} == {
@@ -149,9 +96,11 @@ def test_steps_of_trainer(
     assert any(".experts." in name for name in back.keys() - same)
 
 
-def test_lora_with_peft(clients_python: Path, ranks: RankPools, root: Path, tmp_path: Path) -> None:
-    fine_tuned(clients_python, root, tmp_path, "lora")
-    back, before = come_back(ranks, tmp_path / "hf", tmp_path), weights(root / "fp32")
+def test_lora_with_peft(
+    clients_python: Path, ranks: RankPools, exports: Path, tmp_path: Path
+) -> None:
+    fine_tuned(clients_python, exports, tmp_path, "lora")
+    back, before = come_back(ranks, tmp_path / "hf", tmp_path), weights(exports / "fp32")
     changed = different(back, before)
     targets = tuple(f"self_attn.{letter}_proj.weight" for letter in "qkvo")
     assert changed == {name for name in back if name.endswith(targets)}
@@ -195,7 +144,7 @@ def log_likelihoods(path: Path) -> list[list[float]]:
     return found
 
 
-def test_lm_eval(clients_python: Path, root: Path, tmp_path: Path) -> None:
+def test_lm_eval(clients_python: Path, exports: Path, tmp_path: Path) -> None:
     keys = ("question", "choices", "answer")
     lines = [json.dumps(dict(zip(keys, asked, strict=True))) for asked in QUESTIONS]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines))
@@ -206,13 +155,13 @@ def test_lm_eval(clients_python: Path, root: Path, tmp_path: Path) -> None:
         clients_python,
         tmp_path,
         *("-m", "lm_eval", "--model", "hf", "--tasks", "harbour", "--device", "cpu"),
-        *("--model_args", f"pretrained={root / 'fp32'},dtype=float32"),
+        *("--model_args", f"pretrained={exports / 'fp32'},dtype=float32"),
         *("--include_path", tmp_path / "tasks", "--batch_size", "1"),
         *("--output_path", tmp_path / "results", "--log_samples"),
     )
     [results] = (tmp_path / "results").rglob("results_*.json")
     [samples] = (tmp_path / "results").rglob("samples_harbour_*.jsonl")
-    expected = log_likelihoods(root / "fp32")
+    expected = log_likelihoods(exports / "fp32")
     answers = [max(range(len(row)), key=row.__getitem__) for row in expected]
     right = sum(answer == asked[2] for answer, asked in zip(answers, QUESTIONS, strict=True))
     scores = json.loads(results.read_text())["results"]["harbour"]

@@ -192,6 +192,16 @@ DEEP_EP_WAY = "DeepEP is not installed; leave it out, or build it from "
         ("both", "--precision fp8-delayed --transformer-impl local", "the portable layers compute"),
         ("both", "--precision fp8-blockwise --fp16", "are two precisions; give one"),
         ("both", "--precision fp8-blockwise --fp8-margin 0", "are of scales from past steps"),
+        (
+            "both",
+            "--precision fp8-blockwise --moe-ffn-hidden-size 1000",
+            "routed experts: --moe-ffn-hidden-size 1000 over the expert tensor parallel size is",
+        ),
+        (
+            "both",
+            "--precision fp8-tensorwise --kv-channels 10",
+            "keys and values: 2 x --kv-channels 10 x (--num-attention-heads 8 + --num-query-groups",
+        ),
         ("both", "--fp8-format hybrid", "--precision sets format and recipe of FP8 together"),
         ("both", "--fp8-recipe delayed --bf16", "--precision sets format and recipe of FP8"),
         ("both", "--fp4-format e2m1", "is not proved; use --precision"),

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.dali.worker import PACKAGES, load_with_dali
-from tests.distributed.pool import Kind, RankPools
-from tests.environments import packages, prepared
+from tests.dali.kind import dali_kind
+from tests.distributed.pool import RankPools
+from tests.environments import prepared
 
 
 @pytest.fixture(scope="session")
 def dali_ranks(request: pytest.FixtureRequest) -> Iterator[RankPools]:
     """As `ranks`, with DALI."""
-    folder = str(packages(prepared(request, "dali")))
-    with RankPools(Kind("tests.dali.preload", load_with_dali, {PACKAGES: folder})) as pools:
+    with RankPools(dali_kind(prepared(request, "dali"))) as pools:
         yield pools

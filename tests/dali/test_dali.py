@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.pool import RankPools
+from tests.stress.exactly_once import exactly_once
 from tests.trainer import SEQUENCE, checkpoint_contents, run_trainer, training_flags, write_dataset
 
 PACKINGS = {"sequential": {}, "document-buffer": {"size": 4, "buffers": 3}, "best-fit": {}}
@@ -76,3 +77,40 @@ def test_the_same_training_over_a_resume_and_another_layout(
     got = checkpoint_contents(tmp_path / "dali", 4)
     assert got.keys() == expected.keys()
     assert [key for key in got if not torch.equal(got[key], expected[key])] == []
+
+
+def test_a_kill_loses_and_repeats_no_token(dali_ranks: RankPools, tmp_path: Path) -> None:
+    buffer = ["document-buffer"]
+    killed = exactly_once(tmp_path / "kills", 1, 3, print, buffer, dali_ranks.kind, ["dali"])
+    assert killed == {"document-buffer": 1}
+
+
+def refused(rank: int, world_size: int, flags: list[str]) -> str:
+    from megatron_trinity.errors import TrinityError
+
+    try:
+        run_trainer(rank, world_size, flags)
+    except TrinityError as error:
+        return str(error)
+    raise AssertionError("the run has ended")
+
+
+@pytest.mark.parametrize("bad", [1, 400])
+def test_a_token_without_an_embedding_is_one_line(
+    dali_ranks: RankPools, tmp_path: Path, bad: int
+) -> None:
+    """Of the first sample, and of one that DALI asks for ahead of the steps."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{tmp_path / 'data'}.bin", dtype=DType.optimal_dtype(200))
+    for number in range(400):
+        builder.add_document(torch.tensor([5, 6, 180 if number % bad == 0 else 7]), [3])
+    builder.finalize(f"{tmp_path / 'data'}.idx")
+    flags = training_flags(
+        tmp_path / "data",
+        *("--train-iters", "20", "--dataloader-type", "dali", "--packing", "greedy"),
+        *("--dataloader-inter-document-masking", "--eval-iters", "0"),
+    )
+    [line] = dali_ranks.run(refused, flags, world_size=1)
+    assert "\n" not in line
+    assert f"of {tmp_path / 'data'} has token 180, the model 160 tokens" in line

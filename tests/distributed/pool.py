@@ -219,7 +219,7 @@ class RankPools:
     """A pool for each world size, started when first needed, and again when lost or worn."""
 
     def __init__(self, kind: Kind = PORTABLE) -> None:
-        self._kind = kind
+        self.kind = kind
         self._pools: dict[int, RankPool] = {}
         # A process that is not a daemon is waited for at exit; a rank would wait for us in turn.
         # (Daemons cannot have children, and data loaders do.)
@@ -252,7 +252,7 @@ class RankPools:
             pool.close()
             pool = None
         if pool is None:
-            pool = self._pools[world_size] = RankPool(world_size, self._kind)
+            pool = self._pools[world_size] = RankPool(world_size, self.kind)
         return pool
 
     def close(self) -> None:

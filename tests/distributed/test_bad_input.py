@@ -84,6 +84,35 @@ def test_tokens_that_the_model_has_not(ranks: RankPools, data: Path, tmp_path: P
     check(run_refused(ranks, flags), 2, str(data), f"token {VOCAB_SIZE}")
 
 
+@pytest.mark.parametrize(
+    ("workers", "packing", "split"),
+    [
+        ("0", "sequential", "train"),
+        ("2", "sequential", "train"),
+        pytest.param("2", "best-fit", "train", marks=pytest.mark.slow),
+        pytest.param("1", "sequential", "valid", marks=pytest.mark.slow),
+    ],
+)
+def test_a_token_that_only_the_loader_meets(
+    ranks: RankPools, data: Path, tmp_path: Path, workers: str, packing: str, split: str
+) -> None:
+    """Without a manifest nobody knows of it ahead; a worker of the loader is another process."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    other = tmp_path / "other"
+    builder = IndexedDatasetBuilder(f"{other}.bin", dtype=DType.optimal_dtype(200))
+    for _ in range(40):
+        builder.add_document(torch.tensor([5, 6, VOCAB_SIZE]), [3])
+    builder.finalize(f"{other}.idx")
+    flags = training_flags(
+        data,
+        *("--train-iters", "3", "--num-workers", workers, "--packing", packing),
+        *("--dataloader-inter-document-masking", f"--{split}-data-path", str(other)),
+    )
+    of = f"of {other} has token {VOCAB_SIZE}, the model {VOCAB_SIZE} tokens"
+    check(run_refused(ranks, flags), 1, of, "prepare it with the tokenizer of this run")
+
+
 def test_a_preset_of_no_name(ranks: RankPools, data: Path) -> None:
     flags = training_flags(data, "--train-iters", "3", "--preset", "huge")
     check(run_refused(ranks, flags), 2, "huge", "tiny")

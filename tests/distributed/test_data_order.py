@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.pool import RankError, RankPools
-from tests.stress.exactly_once import BATCH, TOKENS, exactly_once, labels_of, run_noting_labels
+from tests.stress.exactly_once import (
+    BATCH,
+    PACKINGS,
+    TOKENS,
+    exactly_once,
+    labels_of,
+    run_noting_labels,
+)
 from tests.stress.exactly_once import write_data as write_described
 from tests.trainer import SEQUENCE, logged, run_trainer, training_flags
 
@@ -78,4 +85,6 @@ def test_changed_data_are_refused_on_resume(
 
 @pytest.mark.slow
 def test_kills_lose_and_repeat_no_token(tmp_path: Path) -> None:
-    exactly_once(tmp_path / "kills", kills=3, seed=11, say=print)
+    """A kill of each packing, between starts of other ranks, workers and depths of prefetching."""
+    killed = exactly_once(tmp_path / "kills", len(PACKINGS), 11, print, list(PACKINGS))
+    assert killed == dict.fromkeys(PACKINGS, 1)

@@ -96,3 +96,77 @@ def test_documents_are_as_if_alone(ranks: RankPools, recompute: str) -> None:
     assert any("router" in name for name in in_one)
     for name, gradient in in_one.items():
         assert (gradient - by_one[name]).norm() <= 1e-5 * by_one[name].norm(), name
+
+
+# Rows with room behind their documents, each of another size.
+PADDED = [[9, 16], [3, 2, 1, 20]]
+
+
+def padded_and_cut(
+    rank: int, world_size: int, flags: tuple[str, ...]
+) -> list[tuple[dict[str, Tensor], list[list[int]], list[float]]]:
+    """Gradients, counts and sequence-wise losses of layers.
+
+    Of a micro-batch of rows with padding, of the rows without it one by one, and of the first again
+    where nobody is told of the padding.
+    """
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from megatron_trinity.model.documents import Documents
+    from megatron_trinity.training.balance import routers
+
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    model = build(parse(afmoe_config(num_hidden_layers=4), flags)).train()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    tokens = torch.randint(160, (2, LENGTH), generator=generator)
+    for row, lengths in zip(tokens, PADDED, strict=True):
+        row[sum(lengths) :] = 0
+
+    def backward(tokens: Tensor, rows: list[list[int]], padded: bool) -> None:
+        size = tokens.shape[1]
+        ends = [[0, *torch.tensor(row).cumsum(0).tolist()] for row in rows]
+        cumulative = torch.tensor([row + [row[-1]] * (6 - len(row)) for row in ends])
+        losses = model(
+            tokens,
+            torch.arange(size).expand_as(tokens),
+            None,
+            labels=(tokens * 7) % 160,
+            loss_mask=None,
+            packed_seq_params=Documents.from_cu_seqlens(cumulative, size, padded),
+        )[0]
+        real = torch.arange(size) < cumulative[:, -1:]
+        (losses * real).sum().backward()
+
+    def answer() -> tuple[dict[str, Tensor], list[list[int]], list[float]]:
+        of_layers = routers([model])
+        return (
+            gradients(model),
+            [router.take_counts().tolist() for router in of_layers],
+            [router.take_sequence_loss().item() for router in of_layers],
+        )
+
+    backward(tokens, PADDED, padded=True)
+    together = answer()
+    for row, lengths in zip(tokens, PADDED, strict=True):
+        backward(row[None, : sum(lengths)], [lengths], padded=False)
+    cut = answer()
+    backward(tokens, PADDED, padded=False)
+    return [together, cut, answer()]
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("coefficient", ["0", "0.05"])
+def test_padding_is_no_token(ranks: RankPools, recompute: str, coefficient: str) -> None:
+    flags = ("--seq-aux-loss-coeff", coefficient, *RECOMPUTE[recompute])
+    [(together, cut, untold)] = ranks.run(padded_and_cut, flags, world_size=1)
+    for name, gradient in together[0].items():
+        assert (gradient - cut[0][name]).norm() <= 1e-5 * cut[0][name].norm(), name
+    assert together[0].keys() == cut[0].keys()
+    assert together[1] == cut[1] != untold[1]
+    assert together[2] == pytest.approx(cut[2], rel=1e-5)
+    if coefficient != "0":
+        assert all(loss > 0 for loss in together[2])
+        assert untold[2] != pytest.approx(cut[2], rel=1e-3)

@@ -10,7 +10,7 @@ import torch
 
 from tests.crosses import first
 from tests.distributed.pool import RankPools
-from tests.gpu_forms import as_if_flexible, as_if_kernel, as_if_norm_kernels
+from tests.gpu_forms import as_if_compiled, as_if_flexible, as_if_kernel
 from tests.trainer import checkpoint_contents, logged, run_trainer, training_flags, write_dataset
 
 STEPS = 2
@@ -22,7 +22,7 @@ def train_in_form(
     """Exit code, and whether grouped products and block masks were taken."""
     if not as_on_a_gpu:
         return run_trainer(rank, world_size, flags), False, False
-    with as_if_kernel() as products, as_if_flexible() as attention, as_if_norm_kernels():
+    with as_if_kernel() as products, as_if_flexible() as attention, as_if_compiled():
         return run_trainer(rank, world_size, flags), products.called, attention.called
 
 

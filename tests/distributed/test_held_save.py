@@ -149,13 +149,10 @@ def test_a_run_that_was_taken_over_writes_nothing_more(
 
 
 @pytest.mark.parametrize("fault", ["", "it is in use"])
-def test_ranks_hear_by_the_store_of_their_launch(
-    fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = dist.HashStore()
+def test_ranks_hear_by_the_store_of_their_launch(fault: str) -> None:
     with ThreadPoolExecutor(4) as executor:
-        for restart in range(2):
-            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
+        for _ in range(2):
+            store = dist.HashStore()
             others = [executor.submit(by_store, store, rank, 4, "") for rank in (1, 2, 3)]
             time.sleep(0.2)
             assert not any(future.done() for future in others)
@@ -174,10 +171,8 @@ def _wait_for(holds: Callable[[], object], launcher: subprocess.Popen[bytes], ou
 
 
 @pytest.mark.slow
-def test_launches_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_of_torchrun(tmp_path: Path) -> None:
     """A second one ends with one line; the first restarts a rank that dies, and goes on at once."""
-    # With a store that outlives its ranks, gloo looks for those that are gone.
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     write_dataset(tmp_path / "data")
     run = tmp_path / "run"
     flags = training_flags(

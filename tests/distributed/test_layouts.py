@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from tests.distributed.layouts import (
@@ -27,6 +28,7 @@ from tests.distributed.layouts import (
 from tests.distributed.pool import RankPools
 from tests.trainer import checkpoint_contents, logged, run_trainer, training_flags, write_dataset
 
+OVERLAPS = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-num-buckets", "4")
 STEPS = 2  # the second after an update
 SCALARS = ("lm loss", "grad-norm", "sequence loss", "z loss", "max violation")
 
@@ -118,6 +120,25 @@ def test_a_layout_gives_the_answer_of_one_rank(
     check(got, references[kind_of(layout)], layout)
 
 
+PADDED: tuple[Layout, ...] = (
+    ("TP 2 + SP", "documents"),
+    ("CP 2 all-gather", "documents"),
+    ("PP 2", "documents", "full recompute"),
+    ("EP 2", "DP 2", "documents", "micro-batch 4"),
+)
+
+
+@pytest.mark.slow
+def test_rows_with_padding_give_the_answer_of_one_rank(
+    ranks: RankPools, data: Path, references: dict[Layout, Answer], tmp_path: Path
+) -> None:
+    padded = ("--packing", "best-fit")
+    expected = train(ranks, data, tmp_path / "one", ("documents",), padded)
+    assert expected.scalars["lm loss"] != references[("documents",)].scalars["lm loss"]
+    for layout in PADDED:
+        check(train(ranks, data, tmp_path / "-".join(layout), layout, padded), expected, layout)
+
+
 OVERLAPPED = [
     layout
     for layout in LAYOUTS
@@ -140,9 +161,39 @@ def test_a_layout_gives_the_same_answer_with_overlap(
     layout: Layout,
 ) -> None:
     """Buckets reduced under the backward pass, and gathered under the next forward pass."""
-    overlaps = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-num-buckets", "4")
-    got = train(ranks, data, tmp_path / "run", layout, overlaps)
+    got = train(ranks, data, tmp_path / "run", layout, OVERLAPS)
     check(got, references[kind_of(layout)], layout)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        ("--bf16",),
+        pytest.param(("--bf16", "--grad-reduce-in-bf16"), marks=pytest.mark.slow),
+        pytest.param((), marks=pytest.mark.slow),
+    ],
+    ids=lambda flags: " ".join(flags) or "fp32",
+)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("DP 2", "distributed optimizer", "muon"),
+        pytest.param(("EP 2", "DP 2", "distributed optimizer", "muon"), marks=pytest.mark.slow),
+    ],
+    ids=" | ".join,
+)
+def test_overlap_changes_no_bit(
+    ranks: RankPools, data: Path, tmp_path: Path, layout: Layout, precision: tuple[str, ...]
+) -> None:
+    """A sum of two ranks has one order, and without clipping nothing else depends on buckets."""
+    more = (*precision, "--clip-grad", "0")
+    alone = train(ranks, data, tmp_path / "alone", layout, more)
+    overlapped = train(ranks, data, tmp_path / "overlapped", layout, (*more, *OVERLAPS))
+    losses = [{t: v for t, v in a.scalars.items() if t != "grad-norm"} for a in (alone, overlapped)]
+    assert losses[0] == losses[1]
+    assert alone.tensors.keys() == overlapped.tensors.keys()
+    for key, tensor in alone.tensors.items():
+        assert torch.equal(tensor, overlapped.tensors[key]), key
 
 
 def check(got: Answer, expected: Answer, layout: Layout) -> None:

@@ -88,6 +88,41 @@ def test_a_spike_is_left_out(
     assert recorded(tmp_path / "halves") == recorded(tmp_path / "steps")
 
 
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    first(
+        1,
+        [
+            (2, ("--pipeline-model-parallel-size", "2", "--optimizer", "muon")),
+            (1, ()),
+            (2, ("--use-distributed-optimizer",)),
+            (2, ("--context-parallel-size", "2")),
+            (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
+        ],
+    ),
+)
+def test_a_step_is_left_out_for_its_loss(
+    ranks: RankPools, tmp_path: Path, world_size: int, flags: tuple[str, ...]
+) -> None:
+    """Its gradients are as they always were, and nothing of the step is applied on any rank."""
+    write_dataset(tmp_path / "data")
+    # A factor that the norms of a run so short stay below.
+    words = ("--spike-factor", "5", "--spike-window", "4", "--spike-action", "skip", *flags)
+    run = flags_of(tmp_path, tmp_path / "run", *words)
+    high = Fault("high", (3,), rank=world_size - 1)
+    outcomes = ranks.run(train_with, run, high, tmp_path / "steps", world_size=world_size)
+    assert [outcome[:2] for outcome in outcomes] == [(0, "")] * world_size
+    [line] = [line for line in outcomes[-1][2].splitlines() if "is a spike" in line]
+    assert line.startswith("WARNING: iteration 3 is a spike: the lm loss is ")
+    assert line.endswith("left out, 1 of 3 in a row")
+    assert "gradient norm" not in line
+    without = flags_of(tmp_path, tmp_path / "without", "--iterations-to-skip", "3", *words)
+    assert ranks.run(train, without, tmp_path / "others", world_size=world_size)[-1][0] == 0
+    steps, others = recorded(tmp_path / "steps"), recorded(tmp_path / "others")
+    assert [number for number, _ in steps] == [1, 2, 3, 4]
+    assert [step for step in steps if step[0] != 3] == others
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--async-save",)])
 def test_the_next_start_leaves_out_what_led_to_a_spike(

@@ -8,12 +8,17 @@ import re
 import signal
 import subprocess
 import time
+from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megatron_trinity import exits
+from megatron_trinity.training import watch as watch_module
 from megatron_trinity.training.stuck import Stuck, behind
+from megatron_trinity.training.watch import Watch
 from tests.distributed.test_launcher import LIMIT, launch
 from tests.trainer import events_of, steps_of, training_flags, write_dataset
 
@@ -32,6 +37,28 @@ def test_who_is_behind() -> None:
         "no sign of life from rank 5 (process 9 on moon since then)"
     )
     assert behind({0: waiting, 3: waiting}, {}).startswith("no rank is behind: rank 0 waits in ")
+
+
+def test_a_store_that_is_gone_ends_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher had it, and its end is for all ranks to leave behind a step."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=5))
+    watch = Watch(Namespace(hang_minutes=0, save=None, tensorboard_dir=None), client)
+    del server
+    watch._store.set("gone", "")  # which the socket still takes
+    with pytest.raises(dist.DistNetworkError):
+        watch._store.set("gone", "")
+    monkeypatch.setattr(watch_module, "CAUSE", 0.5)
+
+    def fail() -> None:
+        with watch.watching():
+            watch.step_begins(1)
+            raise RuntimeError("a connection is lost")
+
+    with pytest.raises(RuntimeError, match="a connection is lost"):
+        fail()
 
 
 PROGRAM = """

@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import signal
+import sys
 import threading
 import traceback
 import types
@@ -142,6 +143,13 @@ def _let_go_of_models() -> None:
             referrer.cell_contents = None
 
 
+def _forget_scales() -> None:
+    """Of delayed scaling: it keeps those of every model, with groups, and reduces them together."""
+    quantization: Any = sys.modules.get("transformer_engine.pytorch.quantization")
+    if quantization is not None:
+        quantization.FP8GlobalStateManager.reset()
+
+
 def _reset(call: Call, rank: int, world_size: int) -> None:
     """Forget the previous call: Megatron's global state, process groups, random numbers, garbage.
 
@@ -161,6 +169,7 @@ def _reset(call: Call, rank: int, world_size: int) -> None:
     param_and_grad_buffer.dist_reduce_scatter_func = dist.reduce_scatter_tensor
     destroy_moe_metrics_tracker()
     _let_go_of_models()
+    _forget_scales()
     initialize_rng_tracker(force_reset=True)
     if dist.is_initialized():
         dist.destroy_process_group()

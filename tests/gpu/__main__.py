@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_trinity.command_line.parser import command_parser, require_parent
 from megatron_trinity.errors import TrinityError, UsageError, run_command
-from tests.gpu.children import why_failed
+from tests.gpu.children import failure_of
 from tests.gpu.rows import Row, failed, print_rows, read_rows, write_json
 
 EXAMPLE = """example:
@@ -95,10 +95,10 @@ def run_subject(subject: str, toy: bool, scratch: Path) -> list[Row]:
     """Its rows, and one more if it failed."""
     file, output = scratch / f"{subject}.rows", scratch / f"{subject}.output"
     words = ["-m", "tests.gpu.subject", subject, str(file), *(["--toy"] if toy else [])]
-    why = why_failed(words, output, LIMIT)
+    failure = failure_of(words, output, LIMIT)
     rows = read_rows(file, subject)
-    if why is not None:
-        rows.append(replace(failed("runs to its end", why), subject=subject))
+    if failure is not None:
+        rows.append(replace(failed("runs to its end", failure.told), subject=subject))
     return rows
 
 

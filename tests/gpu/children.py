@@ -5,13 +5,30 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_trinity.exits import USAGE
 from tests.paths import ROOT
 
+ERROR = "error:"
 
-def why_failed(words: list[str], output: Path, seconds: float | None = None) -> str | None:
-    """Run Python with these words; None, or what it says of its failure in a line.
+
+@dataclass(frozen=True)
+class Failure:
+    """How a process failed.
+
+    Attributes:
+        told: what it says of it, in a line.
+        refused: at start, by name: this machine cannot do what was asked for.
+    """
+
+    told: str
+    refused: bool = False
+
+
+def failure_of(words: list[str], output: Path, seconds: float | None = None) -> Failure | None:
+    """Run Python with these words; None, or how it failed.
 
     Args:
         output: file of what it prints.
@@ -29,14 +46,15 @@ def why_failed(words: list[str], output: Path, seconds: float | None = None) -> 
                 timeout=seconds,
             ).returncode
         except subprocess.TimeoutExpired:
-            return f"not done after {seconds} s"
+            return Failure(f"not done after {seconds} s")
     if code == 0:
         return None
-    return last_line(output.read_text(errors="replace")) or f"exit code {code}"
+    told = last_line(output.read_text(errors="replace")) or f"exit code {code}"
+    return Failure(told, refused=code == USAGE and told.startswith(ERROR))
 
 
 def last_line(text: str) -> str:
     """Of what a process has printed: what it says of its error, or what it said last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error:")]
+    errors = [line for line in lines if line.startswith(ERROR)]
     return [*errors[:1], *lines[-1:], ""][0][:300]

@@ -98,9 +98,9 @@ class Machine:
         """On a CPU, torch's stand-ins for the kernels that a GPU takes."""
         with ExitStack() as stack:
             if self.toy:
-                from tests.gpu_forms import as_if_flexible, as_if_kernel, as_if_norm_kernels
+                from tests.gpu_forms import as_if_compiled, as_if_flexible, as_if_kernel
 
-                for form in (as_if_flexible, as_if_kernel, as_if_norm_kernels):
+                for form in (as_if_flexible, as_if_kernel, as_if_compiled):
                     stack.enter_context(form())
             yield
 

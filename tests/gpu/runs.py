@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.gpu.children import why_failed
+from tests.gpu.children import failure_of
 from tests.gpu.machine import TOY_SIZES, Machine
 
 Steps = dict[int, str]
 """Iteration to its losses and gradient norm in hexadecimal."""
+
+
+class RefusedError(Exception):
+    """A run that this machine cannot make."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,15 @@ class Runs:
         """Steps that a run took, whatever it was called before.
 
         Raises:
+            RefusedError: this machine cannot; with the reason.
             RuntimeError: it failed; with its last line.
         """
         file, log = self.folder / f"{name}.steps", self.folder / f"{name}.log"
         words = ["-m", "tests.gpu.train", str(file), *self._flags(), *flags]
-        if (why := why_failed(words, log)) is not None:
-            raise RuntimeError(f"the run {name} failed: {why}")
+        if (failure := failure_of(words, log)) is not None:
+            if failure.refused:
+                raise RefusedError(failure.told)
+            raise RuntimeError(f"the run {name} failed: {failure.told}")
         return steps_of(file)
 
     def _flags(self) -> list[str]:

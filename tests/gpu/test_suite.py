@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.gpu.children import last_line
+from megatron_trinity.arguments.precision import FP8_WORDS
+from tests.environments import prepared
+from tests.gpu.__main__ import SUBJECTS
+from tests.gpu.children import Failure, failure_of, last_line
 from tests.gpu.rows import FELL_SHORT, HELD, MEASURED, as_toy, at_most, beside
 from tests.paths import ROOT
 
@@ -29,6 +32,21 @@ def test_verdicts() -> None:
     assert as_toy(slower).verdict == MEASURED
     assert as_toy(worse) == worse
     assert last_line("x\nerror: told\nTraceback") == "error: told"
+
+
+def test_what_is_refused_is_no_failure_of_the_suite(tmp_path: Path) -> None:
+    """A recipe that the card lacks is a row that was skipped; anything else is one that fails."""
+
+    def outcome(code: int, told: str) -> Failure | None:
+        words = ["-c", f"import sys; print({told!r}); sys.exit({code})"]
+        return failure_of(words, tmp_path / "output")
+
+    assert outcome(0, "error: none") is None
+    assert outcome(2, "error: the card lacks it") == Failure("error: the card lacks it", True)
+    assert outcome(1, "error: it broke") == Failure("error: it broke")
+    assert outcome(2, "usage: python") == Failure("usage: python")
+    words = ["-c", "import time; time.sleep(60)"]
+    assert failure_of(words, tmp_path / "output", 0.1) == Failure("not done after 0.1 s")
 
 
 def suite(tmp_path: Path, *words: str) -> tuple[int, list[dict[str, Any]], str]:
@@ -73,11 +91,36 @@ def test_a_folder_without_wheels_is_refused(tmp_path: Path) -> None:
         assert answer.stderr == f"error: --wheels {tmp_path / folder}: {told}\n"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("subject", ["attention", "saves"])
-def test_a_subject_at_toy_size(tmp_path: Path, subject: str) -> None:
-    code, rows, told = suite(tmp_path, "--toy", subject)
+WITH_ENGINE = ("layers", "fp8")
+
+
+def check_subject(folder: Path, subject: str) -> list[str]:
+    """Run it at toy size, where it has to hold; the cases that it held."""
+    code, rows, told = suite(folder, "--toy", subject)
     assert code == 0, told
     held = [row for row in rows if row["correctness"]]
     assert held
     assert all(row["verdict"] == HELD for row in held)
+    return [row["case"] for row in held]
+
+
+# The norm is among those above.
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", [x for x in SUBJECTS if x not in ("norm", *WITH_ENGINE)])
+def test_a_subject_at_toy_size(tmp_path: Path, subject: str) -> None:
+    check_subject(tmp_path, subject)
+
+
+@pytest.mark.slow
+@pytest.mark.te
+def test_layers_at_toy_size(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    prepared(request, "te")
+    assert len(check_subject(tmp_path, "layers")) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.te
+def test_fp8_at_toy_size(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    prepared(request, "te")
+    held = check_subject(tmp_path, "fp8")
+    assert held == [f"{recipe}: off bf16" for recipe in FP8_WORDS[:2]]

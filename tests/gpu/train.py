@@ -16,9 +16,13 @@ def main() -> None:
     from megatron_trinity.command_line.single_rank import single_rank_environment
     from megatron_trinity.errors import run_command
     from megatron_trinity.upstream import adapt_megatron
+    from tests.transformer_engine.worker import PACKAGES, load_emulated
 
     os.environ |= single_rank_environment()
-    adapt_megatron()
+    if PACKAGES in os.environ:
+        load_emulated()
+    else:
+        adapt_megatron()
 
     from tests.steps import recording
 

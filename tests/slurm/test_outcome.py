@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import time
 from pathlib import Path
+
+import pytest
 
 from megatron_trinity import exits
 from tests.paths import ROOT
@@ -67,3 +71,36 @@ def test_restarts_without_progress_are_counted(tmp_path: Path) -> None:
     )
     assert last.stderr.count("\n") == 1
     assert spend(40).returncode == 0  # a person has started it
+
+
+TORCHRUN = """#!/bin/bash
+# torchrun told to stop: it names no codes, and ends with its own.
+trap 'echo {code} >"$MEGATRON_TRINITY_CODE_FILE"; exit 1' TERM
+touch {mark}
+while true; do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize(("code", "expected"), [("143", 143), ("0", 1), ("", 1)])
+def test_the_launcher_ends_with_the_code_of_the_trainer(
+    tmp_path: Path, code: str, expected: int
+) -> None:
+    mark = tmp_path / "mark"
+    (tmp_path / "torchrun").write_text(TORCHRUN.format(code=code, mark=mark))
+    (tmp_path / "torchrun").chmod(0o755)
+    given = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    launcher = subprocess.Popen(
+        ["bash", "scripts/launch.sh", "pretrain_trinity.py", "--save", str(tmp_path / "run")],
+        cwd=ROOT,
+        env={**given, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not mark.exists():
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    launcher.terminate()
+    assert "launch 0: stop: SIGTERM" in launcher.communicate(timeout=60)[1]
+    assert launcher.returncode == expected

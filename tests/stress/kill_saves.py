@@ -26,7 +26,7 @@ from megatron_trinity.errors import TrinityError
 from tests.checkpoints import check_whole
 from tests.distributed.pool import RankError, RankPool
 from tests.steps import recorded, run_recorded
-from tests.stress.options import parse_options
+from tests.stress.options import options_parser
 from tests.trainer import training_flags, write_dataset
 
 STEPS = 8
@@ -201,7 +201,7 @@ def kill_saves(folder: Path, kills: int, seed: int, say: Callable[[str], None]) 
 
 
 def main() -> None:
-    options = parse_options(__doc__)
+    options = options_parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         total = kill_saves(Path(folder), options.kills, options.seed, print)
     print(f"{options.kills} kills: {dict(total)}; every run went on from a whole checkpoint")

@@ -6,9 +6,11 @@ import argparse
 import random
 
 
-def parse_options(about: str | None) -> argparse.Namespace:
+def options_parser(about: str | None) -> argparse.ArgumentParser:
     """`--kills N --seed N`; `about` is what the script does."""
-    parser = argparse.ArgumentParser(description=about)
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    return parser.parse_args()
+    return parser

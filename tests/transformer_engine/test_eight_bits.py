@@ -17,6 +17,7 @@ FORMATS = {  # recipe to the formats of inputs and weights, and of gradients of 
     "tensorwise": (E4M3, E5M2),
     "blockwise": (E4M3, E4M3),
     "delayed": (E4M3, E5M2),
+    "mxfp8": (E4M3, E4M3),
 }
 
 
@@ -69,6 +70,7 @@ def roundings(rank: int, world_size: int, rows: int, columns: int) -> dict[str, 
         Float8BlockQuantizer,
         Float8CurrentScalingQuantizer,
         Float8Quantizer,
+        MXFP8Quantizer,
     )
 
     from tests.transformer_engine.emulation.quantized import operand
@@ -82,6 +84,7 @@ def roundings(rank: int, world_size: int, rows: int, columns: int) -> dict[str, 
             "delayed": Float8Quantizer(torch.tensor([96.0]), amax, kind, **both),
             "rows": Float8BlockQuantizer(kind, block_scaling_dim=1, **both),
             "squares": Float8BlockQuantizer(kind, block_scaling_dim=2, **both),
+            "runs": MXFP8Quantizer(kind, **both),
         }
         for which, quantizer in quantizers.items():
             tensor = quantizer(uneven(rows, columns))
@@ -94,7 +97,7 @@ def roundings(rank: int, world_size: int, rows: int, columns: int) -> dict[str, 
 
 
 # The second has tiles that are not whole.
-@pytest.mark.parametrize(("rows", "columns"), [(128, 256), (40, 144)])
+@pytest.mark.parametrize(("rows", "columns"), [(128, 256), (96, 160)])
 def test_roundings_bit_by_bit(te_ranks: RankPools, rows: int, columns: int) -> None:
     [found] = te_ranks.run(roundings, rows, columns, world_size=1)
     values = uneven(rows, columns)
@@ -115,6 +118,8 @@ def test_roundings_bit_by_bit(te_ranks: RankPools, rows: int, columns: int) -> N
             "rows, columns": tiled(values, 128, 1, eight),
             "squares": squares,
             "squares, columns": squares,
+            "runs": tiled(values, 1, 32, eight),
+            "runs, columns": tiled(values, 32, 1, eight),
         }
         for which, tensor in expected.items():
             assert torch.equal(found[f"{name} {which}"], tensor), (name, which)
@@ -129,6 +134,7 @@ def te_recipe(name: str) -> Any:
         "tensorwise": recipe.Float8CurrentScaling,
         "blockwise": recipe.Float8BlockScaling,
         "delayed": lambda: recipe.DelayedScaling(amax_history_len=4),
+        "mxfp8": recipe.MXFP8BlockScaling,
     }[name]()
 
 
@@ -144,7 +150,7 @@ def products(rank: int, world_size: int, name: str, grouped: bool) -> dict[str, 
     torch.manual_seed(5)
     x = torch.randn(TOKENS, IN).bfloat16().requires_grad_()
     cotangent = torch.randn(TOKENS, OUT).bfloat16()
-    splits = [16, 0, 48] if grouped else [TOKENS]
+    splits = [32, 0, 32] if grouped else [TOKENS]
     kind: dict[str, Any] = {"bias": False, "params_dtype": torch.bfloat16, "device": "cpu"}
     layer = te.GroupedLinear(3, IN, OUT, **kind) if grouped else te.Linear(IN, OUT, **kind)
     weights = [p for n, p in layer.named_parameters() if n.startswith("weight")]

@@ -26,8 +26,9 @@ from tests.trainer import (
 from tests.transformer_engine.models import TE
 from tests.trinity import afmoe_config, build, parse
 
+MXFP8 = "fp8-mxfp8"
 RECIPES = ("fp8-tensorwise", "fp8-blockwise", "fp8-delayed")
-STATELESS = RECIPES[:2]
+STATELESS = (*RECIPES[:2], MXFP8)
 EIGHT = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -39,7 +40,8 @@ def formats_by_name(
 
     from tests.transformer_engine.emulation.products import products
 
-    args = parse(afmoe_config(), (*TE, *more))
+    # Multiples of 32, as mxfp8 takes them.
+    args = parse(afmoe_config(moe_intermediate_size=64), (*TE, *more))
     inner = build(args)
     model = Float16Module(inner.config, inner)
     found: dict[str, set[tuple[str, ...]]] = {}
@@ -80,6 +82,7 @@ LINEAR = (
         ("fp8-tensorwise", ()),
         ("fp8-blockwise", ()),
         ("fp8-delayed", ()),
+        (MXFP8, ()),
         ("fp8-blockwise", (1, 2)),
     ],
 )
@@ -92,8 +95,8 @@ def test_what_is_in_fp8_by_name(te_ranks: RankPools, recipe: str, high: tuple[in
     [(found, weights)] = te_ranks.run(formats_by_name, more, world_size=1)
     layers = 5
     in_bf16 = {*range(high[0]), *range(layers - high[1], layers)} if high else set()
-    gradients = "float8_e4m3fn" if recipe == "fp8-blockwise" else "float8_e5m2"
     e4m3 = "float8_e4m3fn"
+    gradients = e4m3 if recipe in ("fp8-blockwise", MXFP8) else "float8_e5m2"
     expected: dict[str, set[tuple[str, ...]]] = {}
     others = set()
     for name in weights:
@@ -143,13 +146,8 @@ def train(
     argv = training_flags(
         data,
         *("--train-iters", "4", "--eval-iters", "0", "--adam-eps", "1e-4"),
-        *(
-            "--moe-ffn-hidden-size",
-            "64",
-            "--optimizer",
-            "muon",
-            "--use-distributed-optimizer",
-        ),
+        *("--ffn-hidden-size", "128", "--moe-ffn-hidden-size", "64"),
+        *("--optimizer", "muon", "--use-distributed-optimizer"),
         *("--tensorboard-dir", str(run / "log")),
         *("--save", str(run), "--save-interval", "2"),
         *more,
@@ -184,7 +182,7 @@ LAYOUTS: tuple[Layout, ...] = (("EP 2", "DP 2"), ("TP 2 + SP",), ("PP 2", "docum
 
 @pytest.mark.parametrize(
     ("recipe", "layout"),
-    [x for x in product(RECIPES, LAYOUTS) if x[0] != "fp8-delayed" or "PP 2" not in x[1]],
+    [*product(RECIPES, LAYOUTS), (MXFP8, ("TP 2 + SP",))],  # whose exchange has a way of its own
     ids=lambda value: value if isinstance(value, str) else " | ".join(value),
 )
 def test_a_layout_trains_as_one_rank(

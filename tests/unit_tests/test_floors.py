@@ -2,52 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.paths import ROOT
-
-PACKAGE = "megatron_trinity"
-
-
-def floors() -> dict[str, int]:
-    """Name to floor, counted from the bottom."""
-    text = (ROOT / "docs/developing.md").read_text()
-    listed = text.split("## Order of imports")[1].split("```")[1].strip().splitlines()
-    return {
-        name: floor for floor, names in enumerate(reversed(listed)) for name in names.split(", ")
-    }
-
-
-def imported(source: str) -> Iterator[str]:
-    """What of the package is imported, anywhere in a file, by its first name."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
-            modules = [f"{PACKAGE}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            modules = [node.module or ""]
-        else:
-            continue
-        for module in modules:
-            package, _, rest = module.partition(".")
-            if package == PACKAGE and rest:
-                yield rest.partition(".")[0]
-
-
-def files() -> Iterator[tuple[str, Path]]:
-    """Name and file of everything that the list is about."""
-    for path in (ROOT / PACKAGE).rglob("*.py"):
-        first = path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
-        if first != "__init__":
-            yield first, path
-    for folder in ("tools", "benchmarks", "examples"):
-        yield from ((folder, path) for path in (ROOT / folder).glob("*.py"))
-    yield "pretrain_trinity", ROOT / "pretrain_trinity.py"
+from tests.imports import files, floors, imported
 
 
 def climbing(files: Iterator[tuple[str, Path]], floors: dict[str, int]) -> list[str]:

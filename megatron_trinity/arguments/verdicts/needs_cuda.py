@@ -43,8 +43,7 @@ NEEDS_CUDA: dict[str, str] = {
         --no-flight-recorder-include-only-active --no-flight-recorder-extra-dump-on-exec""",
     "profiling and health of the device": """
         --nvtx-ranges --record-memory-history --memory-snapshot-path
-        --gpu-sniff-test-interval --log-energy --log-device-memory-used --log-straggler
-        --straggler-ctrlr-port --straggler-minmax-count --disable-straggler-on-startup
+        --gpu-sniff-test-interval --log-energy --log-device-memory-used
         --moe-routing-trace-path --moe-routing-trace-max-training-iters
         --moe-routing-trace-capture-logits --moe-routing-trace-capture-hidden-states
         --moe-routing-trace-dump-weights --save-activations-interval --save-dgrads-interval""",

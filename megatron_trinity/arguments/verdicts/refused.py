@@ -59,6 +59,10 @@ REFUSED: dict[str, str] = {
     "SIGTERM, SIGUSR1 and SIGINT save and end a run by default": """
         --exit-signal-handler --exit-signal-handler-for-training
         --exit-signal-handler-for-dataloader""",
+    "it times a forward pass with its waits for other ranks, and needs CUDA; --straggler-interval"
+    " names the slow ranks": """
+        --log-straggler --straggler-ctrlr-port --straggler-minmax-count
+        --disable-straggler-on-startup""",
     "experts start from their own initial weights": """
         --moe-use-upcycling --moe-upcycling-granularity""",
     "initial weights are the report's, truncated normal by --init-method-std, and the embedding is"

@@ -1,8 +1,8 @@
 """Kernels that would be launched, and bytes that collectives move: by part of a step.
 
-An operation that torch dispatches is a launch, unless it makes a view, allocates or only reads
-metadata. One over a list of tensors (`_foreach_`, `_fused_`) counts once. What a kernel library
-splits further is not seen.
+An operation that torch dispatches is a launch, unless it makes a view, allocates, only reads
+metadata or has an empty result. One over a list of tensors (`_foreach_`, `_fused_`) counts once.
+What a kernel library splits further is not seen.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ FREE = {
     *("_unsafe_view", "_reshape_alias", "detach", "detach_", "alias", "set_", "lift_fresh", "lift"),
     *("is_same_size", "_local_scalar_dense", "sym_size", "sym_numel", "sym_stride"),
     *("unbind", "split", "split_with_sizes", "record_stream"),
+    *("promote_types", "_record_function_enter_new", "_record_function_exit"),
 }
 """Operations that launch nothing; a value that is read on the host is a copy, see `host_syncs`."""
 
@@ -72,14 +73,16 @@ class OperationCounter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         namespace, _, name = function._schema.name.partition("::")
+        there = on_host(args, kwargs)
         if namespace == "c10d":
             self._collective(name, args)
             if name == "alltoall_base_":
                 args = _filled(*args)
-        elif name not in FREE and not function.is_view and not on_host(args, kwargs):
-            self.launched(name)
         out = function(*args, **kwargs)
-        if on_host(args, kwargs):
+        free = namespace == "c10d" or name in FREE or function.is_view or there
+        if not free and not _is_empty(out):
+            self.launched(name)
+        if there:
             mark_on_host(out)
         return out
 
@@ -153,6 +156,12 @@ def on_host(*values: Any) -> bool:
     """Whether all of some tensors would not be on the GPU; of none, False."""
     tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
     return bool(tensors) and all(t.untyped_storage()._cdata in _host for t in tensors)
+
+
+def _is_empty(result: Any) -> bool:
+    """Whether there is nothing to compute: torch launches nothing then."""
+    tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    return bool(tensors) and not any(tensor.numel() for tensor in tensors)
 
 
 def _filled(

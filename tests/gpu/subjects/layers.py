@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from tests.gpu.emulated import find_emulated
 from tests.gpu.machine import Machine, start
 from tests.gpu.rows import Row, at_most, skipped
-from tests.paths import ROOT
 
 ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0"}
 """Transformer Engine lets cuBLAS round fp32 to TF32, which is no measure of its layers."""
@@ -18,18 +17,23 @@ FP32 = 1e-5
 LOGITS, GRADIENTS, ROUNDING = 1.2, 1.5, 2e-2
 """In bf16 both are held to the portable model in fp32: errors of Transformer Engine's over those of
 the portable model, and what may come on top of a gradient's."""
+NO_ENGINE = "Transformer Engine is not installed"
 FLAGS = ("--no-gradient-accumulation-fusion",)  # there are no buffers to accumulate in
 
 
 def rows(machine: Machine) -> Iterator[Row]:
-    if not emulated() if machine.toy else False:
-        yield skipped("logits and gradients", "Transformer Engine is not installed")
-        return
+    if machine.toy:
+        if not find_emulated():
+            yield skipped("logits and gradients", NO_ENGINE)
+            return
+        from tests.transformer_engine.worker import load_emulated
+
+        load_emulated()
     start(machine, groups=False)
     from megatron_trinity.upstream.installed import find_installed
 
     if not machine.toy and find_installed().transformer_engine is None:
-        yield skipped("logits and gradients", "Transformer Engine is not installed")
+        yield skipped("logits and gradients", NO_ENGINE)
         return
     sizes: dict[str, Any] = machine.size(
         {
@@ -47,18 +51,6 @@ def rows(machine: Machine) -> Iterator[Row]:
     length, packed = machine.size((512, ((5, 1, 200, 306), (300, 212))), (37, ((5, 32), (20, 17))))
     for name, documents in (("whole sequences", None), ("documents", packed)):
         yield from of_case(name, sizes, length, documents)
-
-
-def emulated() -> bool:
-    """Make Transformer Engine's Python modules run on this CPU, where they are there."""
-    packages = sorted(ROOT.glob(".venv-te/lib/python*/site-packages/transformer_engine"))
-    if not packages:
-        return False
-    from tests.transformer_engine.worker import PACKAGES, load_emulated
-
-    os.environ[PACKAGES] = str(packages[-1].parent)
-    load_emulated()
-    return True
 
 
 def of_case(

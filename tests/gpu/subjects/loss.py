@@ -41,6 +41,7 @@ def tensors(machine: Machine, sizes: tuple[int, int, int], dtype: torch.dtype) -
 
 
 def ours(chunk: int | None, into_main_grad: bool = False) -> Callable[..., Tensor]:
+    from megatron_trinity.model.loss import Row as Of
     from megatron_trinity.model.loss import token_losses
 
     group: Any = dist.group.WORLD
@@ -55,7 +56,7 @@ def ours(chunk: int | None, into_main_grad: bool = False) -> Callable[..., Tenso
             chunk_size=chunk,
             into_main_grad=into_main_grad,
         )
-        return (found.cross_entropy + Z_LOSS * found.log_sum_exp.square()).sum()
+        return (found[Of.CROSS_ENTROPY] + Z_LOSS * found[Of.LOG_SUM_EXP].square()).sum()
 
     return loss
 

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from tests.gpu.children import why_failed
+from tests.gpu.children import failure_of
 from tests.gpu.machine import TOY_SIZES, Machine
 from tests.gpu.rows import Row, at_most, beside, failed, measured, skipped
 from tests.gpu.sides import TOY
@@ -152,8 +152,9 @@ def run(case: Case, side: str, flags: list[str], scratch: Path) -> Figures | str
     if case.ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone"]
         launcher += [f"--nproc-per-node={case.ranks}"]
-    why = why_failed([*launcher, "-m", "tests.gpu.sides", side, str(file), *flags], log)
-    if why is not None:
-        return why
+    words = [*launcher, "-m", "tests.gpu.sides", side, str(file), *flags]
+    failure = failure_of(words, log)
+    if failure is not None:
+        return failure.told
     found: Figures = json.loads(file.read_text())
     return found

@@ -7,6 +7,7 @@ this project and megatron-core among it, is on the CPU as always, with the stand
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import types
@@ -40,14 +41,29 @@ def pretend_cuda() -> None:
     quantization: Any = importlib.import_module("transformer_engine.pytorch.quantization")
     # It also looks at the version of CUDA that torch was built for, and here that is none.
     quantization._FP8_BLOCK_SCALING_SUPPORT = (True, "")
+    quantization._MXFP8_SUPPORT = (True, "")  # of Blackwell, all else of which is as on Hopper
     for name, answer in _ANSWERS.items():
         setattr(torch.cuda, name, _answering(getattr(torch.cuda, name), answer))
+    together = torch.distributed._coalescing_manager
+
+    def coalescing(*args: Any, **kwargs: Any) -> Any:
+        return _OneByOne() if _asked_by_transformer_engine() else together(*args, **kwargs)
+
+    setattr(torch.distributed, "_coalescing_manager", coalescing)
     true_one: Any = torch._C.TensorBase.is_cuda
     setattr(
         torch.Tensor,
         "is_cuda",
         property(lambda tensor: _asked_by_transformer_engine() or true_one.__get__(tensor)),
     )
+
+
+class _OneByOne(contextlib.AbstractContextManager["_OneByOne"]):
+    """Collectives that NCCL would send together; gloo has no such thing, and does each at once."""
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def wait(self) -> None: ...
 
 
 def _answering(original: Callable[..., Any], answer: Any) -> Callable[..., Any]:

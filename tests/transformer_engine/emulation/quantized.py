@@ -2,7 +2,8 @@
 
 On Hopper a product reads both factors along the axis that it sums over, so that a tensor is kept
 twice: by rows, and turned (last axis first) by columns. Tiles of 128 x 128 are the same in both;
-rows of 128 and columns of 128 have scales of their own.
+rows of 128 and columns of 128 have scales of their own. So have the runs of 32 of mxfp8, whose copy
+by columns is not turned: Blackwell reads along either axis.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 
 from tests.transformer_engine.emulation.eight_bits import (
+    RUN,
     TILE,
     exact,
+    exponents,
     in_tiles,
     out_of_tiles,
+    powers,
     rounded,
     scale_of,
 )
@@ -58,6 +62,11 @@ def create_empty_quantized_tensor(
         kinds = te.Float8BlockwiseQTensorStorage, te.Float8BlockwiseQTensor
         names, specs = _OF_TILES, quantizer.inner_tensor_specs(shape)
         more["is_2D_scaled"] = quantizer.block_scaling_dim == 2
+    elif isinstance(quantizer, te.MXFP8Quantizer) and not quantizer.with_2d_quantization:
+        kinds = te.MXFP8TensorStorage, te.MXFP8Tensor
+        names, specs = _OF_TILES, quantizer.inner_tensor_specs(shape)
+        # In which order a product reads scales is not emulated.
+        more["with_gemm_swizzled_scales"] = quantizer.optimize_for_gemm
     elif isinstance(quantizer, te.Float8Quantizer | te.Float8CurrentScalingQuantizer):
         kinds = te.Float8TensorStorage, te.Float8Tensor
         names, specs = _OF_TENSOR, _parts_of_tensor(quantizer, shape)
@@ -92,6 +101,8 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     values = tensor.detach().contiguous()
     if isinstance(quantizer, _kinds().Float8BlockQuantizer):
         _fill_tiles(values, quantizer, output)
+    elif isinstance(quantizer, _kinds().MXFP8Quantizer):
+        _fill_runs(values, quantizer, output)
     else:
         _fill_tensor(values, quantizer, output)
     return output
@@ -139,14 +150,33 @@ def _fill_tiles(values: Tensor, quantizer: Any, output: Any) -> None:
         )
         data.copy_(quantized.view(torch.uint8).reshape(data.shape))
         scales = scales if square else scales.t()
-        inverse.zero_()  # what there is more of is for alignment
-        inverse[:, : scales.shape[1]] = scales
+        _put(inverse, scales)
+
+
+def _fill_runs(values: Tensor, quantizer: Any, output: Any) -> None:
+    rows = values.reshape(-1, values.shape[-1])
+    eight = torch_dtype(quantizer.dtype)
+    if output._rowwise_data is not None:
+        quantized, inverse = in_tiles(rows, 1, eight, True, wide=RUN)
+        output._rowwise_data.copy_(quantized.view(torch.uint8).view(values.shape))
+        _put(output._rowwise_scale_inv, exponents(inverse))
+    if output._columnwise_data is not None:
+        quantized, inverse = in_tiles(rows.t(), 1, eight, True, wide=RUN)
+        output._columnwise_data.copy_(quantized.view(torch.uint8).t().reshape(values.shape))
+        _put(output._columnwise_scale_inv, exponents(inverse).t())
+
+
+def _put(target: Tensor, scales: Tensor) -> None:
+    """Into the corner; what there is more of is for alignment."""
+    target.zero_()
+    target[: scales.shape[0], : scales.shape[1]] = scales
 
 
 @emulates
 def dequantize(input: Any, otype: Any) -> Tensor:
     """What a tensor of eight bits stands for."""
-    return operand(input, columnwise=input._data is None).to(torch_dtype(otype))
+    name = "_rowwise_data" if hasattr(input, "_rowwise_data") else "_data"
+    return operand(input, columnwise=getattr(input, name) is None).to(torch_dtype(otype))
 
 
 @emulates
@@ -184,8 +214,9 @@ def operand(tensor: Any, columnwise: bool) -> Tensor:
         plain: Tensor = tensor
         return plain
     te = _kinds()
+    by_runs = isinstance(tensor, te.MXFP8TensorStorage)
     by_tiles = isinstance(tensor, te.Float8BlockwiseQTensorStorage)
-    if by_tiles:
+    if by_tiles or by_runs:
         name = "_columnwise_data" if columnwise else "_rowwise_data"
     else:
         name = "_transpose" if columnwise else "_data"
@@ -193,6 +224,8 @@ def operand(tensor: Any, columnwise: bool) -> Tensor:
     if bits is None or (name == "_transpose" and tensor._transpose_invalid):
         raise RuntimeError(f"a product needs {name} of {type(tensor).__name__}, which is not there")
     values = bits.view(format_of(tensor))
+    if by_runs:
+        return _out_of_runs(tensor, values, columnwise)
     if by_tiles:
         matrix = values.reshape(len(values), -1) if columnwise else values.flatten(0, -2)
         inverse = tensor._columnwise_scale_inv if columnwise else tensor._rowwise_scale_inv
@@ -203,6 +236,15 @@ def operand(tensor: Any, columnwise: bool) -> Tensor:
     else:
         result = exact(values) * tensor._scale_inv
     return result.movedim(0, -1) if columnwise else result
+
+
+def _out_of_runs(tensor: Any, values: Tensor, columnwise: bool) -> Tensor:
+    matrix = values.flatten(0, -2)
+    if columnwise:
+        inverse = powers(tensor._columnwise_scale_inv).t()
+        return out_of_tiles(matrix.t(), inverse, 1, RUN).t().reshape(values.shape)
+    inverse = powers(tensor._rowwise_scale_inv)
+    return out_of_tiles(matrix, inverse, 1, RUN).reshape(values.shape)
 
 
 def _copy_runs(source: Tensor, target: Tensor, lengths: Any, places: Any) -> None:

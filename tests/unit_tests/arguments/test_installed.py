@@ -18,7 +18,7 @@ from megatron_trinity.errors import UsageError
 from megatron_trinity.upstream.installed import Installed
 
 NOTHING = Installed()
-ALL = Installed("2.20.2", apex=True, wgrad_fusion=True, deep_ep=True, triton=True, nvml=True)
+ALL = Installed("2.20.2", apex=True, wgrad_fusion=True, deep_ep=True, triton=True)
 
 ROPE, PERMUTE, SWIGLU, WGRAD = (fusion.dest for fusion in FUSIONS)
 
@@ -79,7 +79,6 @@ def test_nothing_is_refused_that_was_not_asked_for() -> None:
         ("use_precision_aware_optimizer", True, "Transformer Engine"),
         ("moe_token_dispatcher_type", "flex", "DeepEP"),
         ("moe_enable_deepep", True, "DeepEP"),
-        ("log_straggler", True, "nvidia-ml-py"),
     ],
 )
 def test_what_is_asked_for_and_missing_is_refused(dest: str, value: object, library: str) -> None:

@@ -290,6 +290,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "spike-window": [{"spike_window": 3}],
     "spike-skips": [{"spike_skips": 0}],
     "skip-nonfinite-steps": [{"skip_nonfinite_steps": -1}],
+    "log-progress": [{"log_progress": True}],
     "wandb-unused": [{"wandb_exp_name": "a"}, {"wandb_save_dir": "a"}, {"wandb_entity": "a"}],
     "wandb-name": [{"wandb_project": "a", "wandb_save_dir": "b"}],
     "wandb-directory": [{"wandb_project": "a", "wandb_exp_name": "b"}],
@@ -379,14 +380,6 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "delayed-layers-in-bf16": [
         {**FP8, "precision": "fp8-delayed", "first_last_layers_bf16": True},
-    ],
-    "delayed-pipeline": [
-        {
-            **FP8,
-            "precision": "fp8-delayed",
-            "world_size": 2,
-            "pipeline_model_parallel_size": 2,
-        },
     ],
     "delayed-recompute": [
         {

@@ -17,8 +17,9 @@ def test_sides_take_turns_and_a_figure_is_a_median(monkeypatch: pytest.MonkeyPat
         return [0.2, 0.3, 9.0] if flags else [0.6, 0.6, 0.1]
 
     monkeypatch.setattr(overlap, "step_times", times)
-    row = overlap.compare(ranks=4, steps=3, repetitions=2)
-    assert asked == [(4, 3, ()), (4, 3, overlap.OVERLAP)] * 2
+    row = overlap.compare(ranks=4, buckets="4 buckets", steps=3, repetitions=2)
+    overlapped = (*overlap.OVERLAP, "--ddp-num-buckets", "4")
+    assert asked == [(4, 3, ()), (4, 3, overlapped)] * 2
     assert row["ours"] == pytest.approx(300)
     assert row["peer"] == pytest.approx(600)
     assert row["ratio"] == pytest.approx(2)

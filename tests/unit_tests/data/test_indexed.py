@@ -88,6 +88,19 @@ def test_bytes_at_the_end_are_noticed(tmp_path: Path, suffix: str) -> None:
         check_indexed_dataset(tmp_path / "d")
 
 
+@pytest.mark.parametrize("swapped", ["idx", "bin"])
+def test_files_of_two_datasets_are_noticed(tmp_path: Path, swapped: str) -> None:
+    """Swapped, or of data that was made again under the same prefix and only half of it copied."""
+    build(tmp_path / "d")
+    builder = upstream.IndexedDatasetBuilder(f"{tmp_path / 'other'}.bin", dtype=np.uint16)
+    builder.add_document(np.arange(50), [50])
+    builder.finalize(f"{tmp_path / 'other'}.idx")
+    (tmp_path / f"other.{swapped}").replace(tmp_path / f"d.{swapped}")
+    what = "too long: 212 bytes" if swapped == "idx" else "truncated: 100 bytes"
+    with pytest.raises(TrinityError, match=rf"d\.bin is {what}, d\.idx asks for"):
+        check_indexed_dataset(tmp_path / "d")
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_every_flipped_bit_of_header_lengths_and_pointers_is_noticed(
     tmp_path: Path, dtype: type[np.integer]

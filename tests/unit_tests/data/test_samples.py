@@ -97,9 +97,19 @@ def test_padding_carries_no_loss_and_is_a_document_of_its_own(prefix: Path) -> N
     sample = layout.sample(corpus, [Piece(1, 0, 2), Piece(2, 0, 3)])
     assert sample["tokens"].tolist() == [2, 2, 3, 3, 3, 0, 0, 0]
     assert sample["loss_mask"].tolist() == [1, 0, 1, 1, 0, 0, 0, 0]
-    assert sample["cu_seqlens"].unique().tolist() == [0, 2, 5, LENGTH]
+    assert sample["cu_seqlens"].tolist() == [0, 2, *[5] * (LENGTH - 1)]
     assert layout.padding()["loss_mask"].sum() == 0
-    assert layout.padding()["cu_seqlens"].unique().tolist() == [0, LENGTH]
+    assert layout.padding()["cu_seqlens"].tolist() == [0] * (LENGTH + 1)
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_the_lengths_end_where_padding_begins(prefix: Path, missing: int) -> None:
+    """A row lacks its look-ahead alone, or also its last token."""
+    corpus, layout = Corpus([Part(str(prefix))]), SampleFormat(LENGTH, 100, masking=True)
+    sample = layout.sample(corpus, [Piece(2, 0, 3), Piece(9, 0, LENGTH - 2 - missing)])
+    ahead = min(LENGTH, LENGTH + 1 - missing)
+    assert sample["cu_seqlens"].tolist() == [0, 3, *[ahead] * (LENGTH - 1)]
+    assert sample["max_seqlen"] == ahead - 3
 
 
 def test_a_share_and_several_datasets_are_numbered_through(prefix: Path) -> None:

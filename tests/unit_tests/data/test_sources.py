@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_trinity.data import fingerprint
 from megatron_trinity.data.corpus import Corpus, Part
 from megatron_trinity.data.description import Description, PlannedPhase, Source, read_description
 from megatron_trinity.data.length_bias import LengthBias
@@ -16,6 +17,7 @@ from megatron_trinity.data.manifest import sha256_of_file
 from megatron_trinity.data.packings import PACKINGS
 from megatron_trinity.data.plan import Plan
 from megatron_trinity.data.rows import RowPacking, greedy
+from megatron_trinity.data.run_data import run_data
 from megatron_trinity.data.sources import SPLITS, check_data, check_manifests, describe
 from megatron_trinity.errors import TrinityError, UsageError
 from tests.trainer import write_dataset
@@ -88,6 +90,28 @@ def test_what_has_no_data_is_refused(data: str, given: dict[str, Any], says: str
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("place", ["sources", "validation"])
+@pytest.mark.parametrize("what", ["no file", "a directory", "nothing but zeros"])
+def test_one_source_that_is_missing_is_named(
+    data: str, tmp_path: Path, place: str, what: str
+) -> None:
+    """Among others that are there, on a blend's side and on that of validation."""
+    path = tmp_path / "gone"
+    if what == "a directory":
+        Path(f"{path}.idx").mkdir()
+        Path(f"{path}.bin").mkdir()
+    elif what == "nothing but zeros":
+        Path(f"{path}.idx").write_bytes(bytes(100))
+        Path(f"{path}.bin").write_bytes(bytes(100))
+    content: dict[str, Any] = {"sources": {"web": {"path": data}}}
+    content.setdefault(place, {})["code"] = {"path": [data, str(path)]}
+    (tmp_path / "data.yaml").write_text(json.dumps(content))
+    with pytest.raises(TrinityError) as refused:
+        check_data(arguments(data=str(tmp_path / "data.yaml")))
+    assert f"{path}.idx" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_no_validation_data_is_said(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     check_data(arguments(train_data_path=[data], valid_data_path=[data]))
     check_data(arguments(data_path=[data], split="60,40,0"))
@@ -119,6 +143,27 @@ def test_the_tokenizer_of_the_data(
     manifest(tmp_path / "own", tokenizer_sha256="0" * 64)
     with pytest.raises(UsageError, match="own_train was made with another tokenizer than"):
         check_manifests(args, describe(args))
+
+
+def test_one_rank_reads_for_the_others(
+    tmp_path: Path, tokenizer: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Manifests on each node, and what is in the files once a run."""
+    write_dataset(tmp_path / "own_train", documents=10)
+    manifest(tmp_path / "own", tokenizer_sha256="0" * 64)
+    sizes = {"seq_length": 32, "seed": 1, "train_samples": 8, "eval_global_batch_size": 8}
+    args = arguments(train_data_path=[str(tmp_path / "own_train")], **tokenizer, **sizes)
+    described = describe(args)
+    whole = run_data(args, described)
+    assert whole is not None
+    assert whole.fingerprint is not None
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    check_manifests(args, described)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(fingerprint, "_content", lambda _: pytest.fail("it was read"))
+    other = run_data(args, described)
+    assert other is not None
+    assert other.fingerprint is None
 
 
 def test_what_cannot_be_compared_is_said_once(

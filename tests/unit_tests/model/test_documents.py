@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,21 @@ def test_values() -> None:
     # RoPE has the positions of the sequence, whose shape Megatron keeps.
     assert (documents.max_seqlen_q, documents.max_seqlen_kv) == (6, 6)
     assert documents.qkv_format == "sbhd"
+
+
+def test_padding_is_a_document_that_counts_for_nothing() -> None:
+    cu_seqlens = torch.tensor([[0, 1, 4, 4, 4], [0, 6, 6, 6, 6], [0, 0, 0, 0, 0]])
+    documents = Documents.from_cu_seqlens(cu_seqlens, 6, padded=True)
+    assert documents.padding is not None
+    assert documents.padding.tolist() == [[False] * 4 + [True] * 2, [False] * 6, [True] * 6]
+    assert documents.starts.tolist() == [[0, 1, 1, 1, 4, 4], [0] * 6, [0] * 6]
+    assert documents.lengths.tolist() == [1, 3, 2, 6, 6]
+    assert documents.counted.tolist() == [1, 3, 0, 6, 0]
+    assert documents.shares.tolist() == [0.25, 0.75, 0.0, pytest.approx(1.0), 0.0]
+    full = Documents.from_cu_seqlens(torch.tensor([[0, 2, 6, 6]]), 6)
+    assert full.padding is None
+    assert full.counted is full.lengths
+    assert full.shares.tolist() == pytest.approx([2 / 6, 4 / 6])
 
 
 @given(st.lists(st.lists(st.integers(1, 5), min_size=7, max_size=7), min_size=1, max_size=3))

@@ -20,14 +20,18 @@ def test_the_formulas_are_those_of_the_plain_steps() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(TOKENS, VOCAB, generator=generator)
     target = torch.randint(VOCAB, (TOKENS,), generator=generator)
-    _, expected = statistics(logits.clone(), target, torch.float32)
-    torch.testing.assert_close(logit_statistics(logits, target), expected, rtol=1e-6, atol=1e-6)
+    factors, *both = torch.randn(3, TOKENS, generator=generator)
+    for first in (0, VOCAB // 2, VOCAB, -VOCAB):  # where all targets are, some, and none
+        _, expected = statistics(logits.clone(), target, first, torch.float32)
+        fused = logit_statistics(logits, target, first)
+        torch.testing.assert_close(fused, expected, rtol=1e-6, atol=1e-6)
+        here = (target >= first) & (target < first + VOCAB)
+        of_target = logits.gather(1, (target - first).clamp(0, VOCAB - 1)[:, None])[:, 0]
+        assert torch.equal(expected[2], of_target * here)
 
-    factors, of_cross_entropy = torch.randn(2, TOKENS, generator=generator)
-    shifted = (expected[0], factors, of_cross_entropy)
-    for block in (target, target - VOCAB // 2, target + VOCAB):  # here, in part, on no token
-        plain = gradient(exponentials(logits.clone(), expected[0]), *shifted[1:], block)
-        fused = logit_gradient(logits, *shifted, block)
+        arguments = (factors, torch.stack(both), target, first)
+        plain = gradient(exponentials(logits.clone(), expected[0]), *arguments)
+        fused = logit_gradient(logits, expected[0], *arguments)
         torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-6)
 
 
@@ -37,7 +41,7 @@ def losses(
     """Values, both gradients and the number of launches, with the kernels of a GPU or not."""
     import torch.distributed as dist
 
-    from megatron_trinity.model import fused_loss, loss
+    from megatron_trinity.model import compiling, loss
     from megatron_trinity.planning.costs.operations import OperationCounter, one_launch
     from megatron_trinity.planning.costs.places import Places
 
@@ -48,16 +52,17 @@ def losses(
     assert dist.group.WORLD is not None
     with pytest.MonkeyPatch.context() as patch:
         if fused:
-            patch.setattr(loss, "is_fused", lambda hidden: True)
-            patch.setattr(fused_loss, "compiled", lambda f: one_launch(f.__name__, f))
+            patch.setattr(compiling, "compiles", lambda tensor: True)
+            patch.setattr(compiling, "compiled", lambda f: one_launch(f.__name__, f))
         with OperationCounter(Places("all")) as counter:
             values = loss.token_losses(
                 hidden, weight, labels, VOCAB, dist.group.WORLD, chunk_size=chunk_size
             )
-            (values.cross_entropy.sum() + 0.1 * values.log_sum_exp.square().sum()).backward()
+            of_log_sum = 0.1 * values[loss.Row.LOG_SUM_EXP].square().sum()
+            (values[loss.Row.CROSS_ENTROPY].sum() + of_log_sum).backward()
     assert hidden.grad is not None
     assert weight.grad is not None
-    values_of_all = torch.stack(values).detach()
+    values_of_all = values.detach()
     return values_of_all, hidden.grad.float(), weight.grad.float(), counter.launches.total()
 
 
@@ -70,7 +75,7 @@ def test_the_same_losses_in_a_few_launches_a_chunk(ranks: RankPools, chunk_size:
         assert (got - other).norm() < 3e-3 * other.norm()  # bf16
 
 
-@pytest.mark.parametrize(("fused", "a_chunk"), [(True, 8), (False, 23)])
+@pytest.mark.parametrize(("fused", "a_chunk"), [(True, 7), (False, 29)])
 def test_what_a_chunk_launches(ranks: RankPools, fused: bool, a_chunk: int) -> None:
     counts = [ranks.run(losses, fused, size, world_size=1)[0][-1] for size in (12, 8, 6)]
     assert [more - fewer for fewer, more in pairwise(counts)] == [a_chunk] * 2
@@ -78,10 +83,13 @@ def test_what_a_chunk_launches(ranks: RankPools, fused: bool, a_chunk: int) -> N
 
 @pytest.mark.slow
 def test_it_is_compiled_as_one_graph_for_all_sizes() -> None:
-    from megatron_trinity.model.fused_loss import compiled, logit_statistics
+    from megatron_trinity.model.compiling import compiled
+    from megatron_trinity.model.fused_loss import logit_statistics
 
     function = compiled(logit_statistics, backend="aot_eager")
     for tokens, width in ((TOKENS, VOCAB), (TOKENS - 5, VOCAB), (TOKENS, VOCAB - 8)):
         logits = torch.randn(tokens, width).bfloat16()
         target = torch.arange(tokens)
-        assert torch.equal(function(logits, target), logit_statistics(logits, target))
+        for first in (0, 8, 16):
+            expected = logit_statistics(logits, target, first)
+            assert torch.equal(function(logits, target, first), expected)

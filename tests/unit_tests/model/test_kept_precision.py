@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.pool import RankPools
-from tests.gpu_forms import as_if_kernel, as_if_norm_kernels
+from tests.gpu_forms import as_if_compiled, as_if_kernel
 from tests.trinity import afmoe_config, build, parse
 
 LENGTH, BATCH = 32, 2
@@ -30,7 +30,7 @@ def kept_in_fp32(rank: int, world_size: int) -> dict[tuple[int, ...], int]:
     tokens = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
     positions = torch.arange(LENGTH).expand(BATCH, -1)
     with (
-        as_if_norm_kernels(),
+        as_if_compiled(),
         as_if_kernel() as products,
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):

@@ -50,14 +50,14 @@ def held(
 def ours(rank: int, world_size: int, chunk_size: int | None) -> Held:
     import torch.distributed as dist
 
-    from megatron_trinity.model.loss import token_losses
+    from megatron_trinity.model.loss import Row, token_losses
 
     group = dist.group.WORLD
     assert group is not None
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         values = token_losses(hidden, weight, labels, VOCAB, group, chunk_size=chunk_size)
-        return values.cross_entropy.sum() + 0.1 * values.log_sum_exp.square().sum()
+        return values[Row.CROSS_ENTROPY].sum() + 0.1 * values[Row.LOG_SUM_EXP].square().sum()
 
     return held(loss)
 
@@ -68,12 +68,12 @@ def of_large(rank: int, world_size: int, tensor_parallel: int) -> Held:
 
     import torch.distributed as dist
 
-    from megatron_trinity.model.loss import token_losses
+    from megatron_trinity.model.loss import Row, token_losses
 
     group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: tensor_parallel)
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return token_losses(hidden, weight, labels, 200_192, group).cross_entropy.sum()
+        return token_losses(hidden, weight, labels, 200_192, group)[Row.CROSS_ENTROPY].sum()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", lambda *_: None)

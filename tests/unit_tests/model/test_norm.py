@@ -14,9 +14,10 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_trinity.model.norm import PostNormAdd, TrinityRMSNorm
+from megatron_trinity.model import compiling
+from megatron_trinity.model.norm import PostNormAdd, TrinityRMSNorm, normalise
 from tests.distributed.pool import RankPools
-from tests.gpu_forms import as_if_norm_kernels
+from tests.gpu_forms import as_if_compiled
 from tests.live_bytes import SavedBytes
 from tests.trinity import afmoe_config, build, parse
 
@@ -123,7 +124,7 @@ def test_bf16_gradients_are_rounded_once_and_the_gain_has_fp32() -> None:
 @pytest.fixture(params=[False, True], ids=["formula", "kernels"])
 def by_kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Also as on a GPU."""
-    with as_if_norm_kernels() if request.param else nullcontext():
+    with as_if_compiled() if request.param else nullcontext():
         yield request.param
 
 
@@ -142,6 +143,37 @@ def test_the_backward_pass_keeps_no_fp32_copy(by_kernels: bool, dtype: torch.dty
     tolerance = 1e-5 if dtype == torch.float32 else 2**-8
     for have, want in zip((out, *got), (reference_of(hidden, norm), *exact), strict=True):
         assert (have.double() - want).norm() <= tolerance * want.norm()
+
+
+def test_a_residual_is_added_to_the_result(by_kernels: bool) -> None:
+    generator = torch.Generator().manual_seed(9)
+    hidden, residual, cotangent = torch.randn(3, 5, 2, WIDTH, generator=generator)
+    norm = norm_with_random_gain()
+    inputs = (hidden.requires_grad_(), residual.requires_grad_(), norm.weight)
+    together, apart = norm(hidden, residual), residual + norm(hidden)
+    assert torch.equal(together, apart)
+    got = torch.autograd.grad(together, inputs, cotangent)
+    expected = torch.autograd.grad(apart, inputs, cotangent)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.slow
+def test_it_is_compiled_for_a_width_and_all_numbers_of_tokens() -> None:
+    graphs: list[list[Any]] = []
+
+    def note(graph: Any, inputs: list[Any]) -> Any:
+        graphs.append([given.shape for given in inputs if isinstance(given, nn.Parameter)])
+        return graph.forward
+
+    function = compiling.compiled(normalise, backend=note)
+    for shape in ((4, 2, 16), (5, 2, 16), (7, 3, 16), (4, 2, 3, 8), (9, 2, 3, 8)):
+        hidden, gain = torch.randn(shape), nn.Parameter(torch.rand(shape[-1]))
+        with torch.no_grad():
+            got = function(hidden, gain, EPS)
+        for one, other in zip(got, normalise(hidden, gain, EPS), strict=True):
+            assert torch.equal(one, other)
+    assert [width for [[width]] in graphs] == [16, 8]
+    assert all(type(width) is int for [[width]] in graphs)
 
 
 def reference_of(hidden: torch.Tensor, norm: TrinityRMSNorm) -> torch.Tensor:

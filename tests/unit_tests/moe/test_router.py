@@ -148,7 +148,7 @@ def masked_counts(rank: int, world_size: int) -> dict[str, Any]:
     padding = torch.zeros(LENGTH, BATCH, dtype=torch.bool)
     padding[-4:, 1] = True
     result: dict[str, Any] = {}
-    for name, mask in (("all", None), ("padded", padding)):
+    for name, mask in (("all", None), ("padded", padding), ("full", padding & False)):
         router.tokens_per_expert.zero_()
         weights, chosen = router.routing(logits, mask)
         result[name] = (router.tokens_per_expert.clone(), weights.detach(), chosen)
@@ -156,16 +156,23 @@ def masked_counts(rank: int, world_size: int) -> dict[str, Any]:
     return result
 
 
-def test_padding_is_routed_and_not_counted(ranks: RankPools) -> None:
+def test_padding_goes_to_the_experts_in_turn_and_is_not_counted(ranks: RankPools) -> None:
     [result] = ranks.run(masked_counts, world_size=1)
+    real = result["real"]
     counts, weights, chosen = result["all"]
     assert counts.tolist() == chosen.sum(dim=0).tolist()
     assert counts.sum() == LENGTH * BATCH * TOPK
     padded_counts, padded_weights, padded_choice = result["padded"]
-    assert torch.equal(padded_weights, weights)
-    assert torch.equal(padded_choice, chosen)
-    assert padded_counts.tolist() == chosen[result["real"]].sum(dim=0).tolist()
+    assert torch.equal(padded_weights[real], weights[real])
+    assert torch.equal(padded_choice[real], chosen[real])
+    assert padded_counts.tolist() == chosen[real].sum(dim=0).tolist()
     assert padded_counts.sum() == (LENGTH * BATCH - 4) * TOPK
+    # Four tokens with two experts each are all eight experts, though every other token is real.
+    assert padded_choice[~real].sum(dim=0).tolist() == [1] * EXPERTS
+    assert padded_choice[~real].sum(dim=1).tolist() == [TOPK] * 4
+    assert torch.equal(padded_weights > 0, padded_choice)
+    for full, untold in zip(result["full"], result["all"], strict=True):
+        assert torch.equal(full, untold)
 
 
 def buffers_through_evaluation(rank: int, world_size: int) -> dict[str, Any]:

@@ -35,6 +35,8 @@ def test_operations_are_launches_but_for_views_and_metadata() -> None:
         y.add_(1.0).mul_(2.0)
         torch._foreach_add_([torch.empty(3), torch.empty(3)], 1.0)
         x.detach().to(x.dtype)
+        x[4:].mul_(2.0)  # of no element
+        torch.promote_types(x.dtype, torch.bfloat16)
 
     assert launches(step) == {"add_": 1, "mul_": 1, "_foreach_add_": 1}
 
@@ -176,3 +178,24 @@ def sent(rank: int, world_size: int) -> dict[str, int]:
 def test_bytes_that_a_rank_puts_in(ranks: RankPools) -> None:
     expected = {"all_reduce": 32, "broadcast": 8, "all_gather": 32, "calls": 3}
     assert ranks.run(sent, world_size=2) == [expected] * 2
+
+
+def test_flexible_attention_is_what_it_is_elsewhere_in_three_launches() -> None:
+    from megatron_trinity.model.attention import window_attention
+    from megatron_trinity.model.flexible_attention import window_mask
+    from megatron_trinity.planning.costs.flexible import flexible
+
+    generator = torch.Generator().manual_seed(1)
+    query, key, value, cotangent = (
+        torch.randn(2, heads, 20, 8, generator=generator) for heads in (4, 2, 2, 4)
+    )
+    inputs = tuple(tensor.requires_grad_() for tensor in (query, key, value))
+    mask = window_mask(2, 20, 20, 6, query.device)
+    expected = window_attention(query, key, value, window=6, scale=0.3)
+    gradients = torch.autograd.grad(expected, inputs, cotangent)
+    with OperationCounter(Places("all")) as counter:
+        got = flexible(query, key, value, block_mask=mask, scale=0.3)
+        torch.testing.assert_close(torch.autograd.grad(got, inputs, cotangent), gradients)
+    torch.testing.assert_close(got, expected)
+    found = {name: number for (_, name), number in counter.launches.items() if "flex" in name}
+    assert found == {"flex_attention": 1, "flex_attention_backward": 2}

@@ -76,10 +76,9 @@ def test_goodput_adds_up_to_the_whole_time(run: Run) -> None:
     lost = ran[behind:killed]
     assert parts["training"] == pytest.approx(sum(ran) - sum(lost))
     other = [e for e in events[:-1] if e["kind"] in ("save", "evaluation")]
-    # What the first process did behind the half: it is the earlier of each pair.
-    restart = next(n for n, e in enumerate(events) if e["kind"] == "start" and n)
-    again = [e for e in other if e in events[:restart] and e["iteration"] > behind]
-    assert parts["lost"] == pytest.approx(sum(lost) + sum(e["seconds"] for e in again))
+    keys = [(e["kind"], e["iteration"]) for e in other]
+    again = sum(e["seconds"] for n, e in enumerate(other) if keys[n] in keys[n + 1 :])
+    assert parts["lost"] == pytest.approx(sum(lost) + again)
     assert parts["starting"] == pytest.approx(60)
     assert parts["waiting"] == pytest.approx(60)
     assert goodput(History()) == dict.fromkeys(parts, 0.0)
@@ -123,6 +122,13 @@ def test_marks_and_sources(run: Run) -> None:
         for n in (1, 2)
     ]
     assert [one["y"] for one in sources(run)] == [[0.75, 0.75], [0.25, 0.25]]
+
+
+def test_the_slowest_rank_is_a_curve(run: Run) -> None:
+    assert "ranks" not in {chart["id"] for chart in charts([run])}
+    run.history.ranks = [{"iteration": 5, "ratio": 1.25}, {"iteration": 10, "ratio": 1.5}]
+    [chart] = [chart for chart in charts([run]) if chart["id"] == "ranks"]
+    assert (chart["traces"][0]["x"], chart["traces"][0]["y"]) == ([5, 10], [1.25, 1.5])
 
 
 def test_runs_of_one_name_and_what_differs(tmp_path: Path) -> None:

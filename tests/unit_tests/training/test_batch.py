@@ -16,14 +16,14 @@ KEYS = ["labels", "loss_mask", "position_ids", "tokens"]
 CU_SEQLENS = torch.tensor([[0, 2, 5, 6, 6, 6, 6], [0, 6, 6, 6, 6, 6, 6]], dtype=torch.int32)
 
 
-def sample() -> dict[str, Tensor]:
+def sample(padded: bool = False) -> dict[str, Tensor]:
     tokens = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)
     return {
         "tokens": tokens,
         "labels": tokens + 1,
         "loss_mask": (tokens % 3 != 0).float(),
         "position_ids": torch.arange(LENGTH).expand(BATCH, LENGTH).contiguous(),
-        "cu_seqlens": CU_SEQLENS.clone(),
+        "cu_seqlens": CU_SEQLENS.clamp(max=5 if padded else LENGTH),
         "max_seqlen": torch.tensor([3, 6], dtype=torch.int32),
     }
 
@@ -36,6 +36,7 @@ def receive(
     data: bool = True,
     masking: bool = False,
     context: int = 1,
+    padded: bool = False,
 ) -> dict[str, Any] | str:
     from megatron.core import parallel_state
     from megatron.training.global_vars import set_args
@@ -51,6 +52,7 @@ def receive(
         Namespace(
             context_parallel_size=context,
             dataloader_inter_document_masking=masking,
+            padded_rows=padded,
             micro_batch_size=BATCH,
             eval_micro_batch_size=BATCH,
             seq_length=LENGTH,
@@ -59,7 +61,7 @@ def receive(
     )
     reads = data and parallel_state.get_tensor_model_parallel_rank() == 0
     try:
-        return next_batch(iter([sample()]) if reads else None, vp_stage=None)
+        return next_batch(iter([sample(padded)]) if reads else None, vp_stage=None)
     except RuntimeError as error:
         return str(error)
 
@@ -119,6 +121,15 @@ def test_every_stage_gets_the_documents(
         assert documents.ids.tolist() == [[0, 0, 1, 1, 1, 2], [3] * 6]
         assert documents.starts.tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6]
         assert documents.lengths.tolist() == [2, 3, 1, 6]
+        assert documents.padding is None
+
+
+def test_every_stage_knows_what_is_padding(ranks: RankPools) -> None:
+    for batch in ranks.run(receive, 2, 2, True, True, 1, True, world_size=4):
+        assert isinstance(batch, dict)
+        documents = batch["documents"]
+        assert documents.padding.tolist() == [[False] * 5 + [True]] * 2
+        assert documents.ids.tolist() == [[0, 0, 1, 1, 1, 2], [3] * 5 + [4]]
 
 
 def test_context_parallel_ranks_get_two_chunks_each(ranks: RankPools) -> None:

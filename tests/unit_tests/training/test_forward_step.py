@@ -109,8 +109,8 @@ def noted(rank: int, world_size: int, masked_tokens: int) -> list[list[float]]:
     from megatron_trinity.training.micro_batches import MicroBatchRecord
 
     class Rows(MicroBatchRecord):
-        def append(self, *values: Tensor) -> None:
-            rows.append([value.item() for value in values])
+        def append(self, values: Tensor) -> None:
+            rows.append(values.tolist())
 
     rows: list[list[float]] = []
     mask, output = micro_batch(masked_tokens)
@@ -122,7 +122,7 @@ def noted(rank: int, world_size: int, masked_tokens: int) -> list[list[float]]:
 def test_a_micro_batch_is_noted_without_its_z_loss(ranks: RankPools, masked_tokens: int) -> None:
     mask, output = micro_batch(masked_tokens)
     counted = output[Row.LARGEST_LOGIT][mask > 0].tolist()
-    [[[loss, tokens, largest, mean_logits]]] = ranks.run(noted, masked_tokens, world_size=1)
+    [[[loss, tokens, mean_logits, largest]]] = ranks.run(noted, masked_tokens, world_size=1)
     assert loss == pytest.approx(sums(mask, output, 0.0)["lm loss"], rel=1e-6, abs=0)
     assert tokens == mask.sum()
     assert largest == max(counted, default=-torch.inf)

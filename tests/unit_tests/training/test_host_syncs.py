@@ -56,7 +56,7 @@ def behind_a_step(rank: int, world_size: int) -> tuple[list[dict[str, int]], dic
             for router in routers([model]):
                 router.routing(torch.randn(8, 2, 8))
             for losses in ((3.0, 4), (5.0, 0)):
-                record.append(*(torch.tensor(float(v)) for v in (*losses, 2.0, -1.0)))
+                record.append(torch.tensor([*losses, -1.0, 2.0]))
             outcome = StepOutcome(True, 1.0, {"lm loss": torch.tensor(0.75)})
             found.append(waits(partial(watching.step_ended, [model], optimizer, outcome)))
             args.curr_iteration += 1

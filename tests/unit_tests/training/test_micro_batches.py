@@ -49,12 +49,10 @@ def reduce(
         for i in mine:
             part_of = slice(None) if context == 1 else part
             loss, tokens, logit = LOSSES[i, part_of], TOKENS[i, part_of], LOGITS[i, part_of]
-            record.append(
-                torch.tensor(loss.sum() * (not empty), dtype=torch.float32),
-                torch.tensor(tokens.sum() * (not empty)),
-                torch.tensor(-np.inf if empty else logit.max(), dtype=torch.float32),
-                torch.tensor(MEAN_LOGITS[i, part_of].sum() * (not empty), dtype=torch.float32),
-            )
+            values = [loss.sum(), tokens.sum(), MEAN_LOGITS[i, part_of].sum(), logit.max()]
+            if empty:
+                values = [0.0, 0.0, 0.0, -np.inf]
+            record.append(torch.tensor(values, dtype=torch.float32))
     return record.reduce(), record.reduce()
 
 

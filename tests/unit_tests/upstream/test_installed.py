@@ -51,7 +51,6 @@ def test_what_is_there_is_found(packages: tuple[str, ...]) -> None:
             apex="apex" in packages,
             wgrad_fusion="apex" in packages,
             triton=can_compile() and module._there("triton"),
-            nvml=module._there("pynvml"),
         )
     )
 

@@ -33,6 +33,10 @@ FINGERPRINTS: dict[str, str] = {
         "54d30b2d665a5ead"
     ),
     "megatron.training.models.dist_utils._ddp_wrap": "ce6bfe417a12fd35",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+    "._copy_main_params_to_model_params": "2c54e5f1a5415862",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+    "._get_model_param_range_map": "df0f03d1b441f5d4",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.compute_full_param_layout": (
         "21699e5d50a2b60e"
     ),
