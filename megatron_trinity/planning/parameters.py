@@ -58,3 +58,11 @@ def training_state_bytes(
     share = math.ceil(dense / dense_ranks) + math.ceil(expert / expert_ranks)
     moments = ADAMW_BYTES - MUON_BYTES
     return held + MUON_BYTES * share + moments * math.ceil(adamw / dense_ranks)
+
+
+def active_parameters(sizes: ModelSizes) -> int:
+    """Those that one token meets: the experts that it takes, embedding and LM head."""
+    left_out = sizes.num_experts - sizes.topk
+    moe_layers = sum(kind.is_moe for kind in sizes.layer_kinds())
+    expert = 3 * sizes.hidden_size * sizes.moe_ffn_hidden_size
+    return total_parameters(sizes) - moe_layers * left_out * expert

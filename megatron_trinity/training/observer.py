@@ -35,6 +35,7 @@ from megatron_trinity.training.host import on_host
 from megatron_trinity.training.leaving import Leaving
 from megatron_trinity.training.metrics import StepMetrics
 from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
+from megatron_trinity.training.planned import PlanCheck
 from megatron_trinity.training.spikes import LOSS, NORM, Spikes, on_all_stages
 from megatron_trinity.training.step_guard import StepGuard
 from megatron_trinity.training.watch import Watch
@@ -77,6 +78,7 @@ class StepObserver:
         per_gpu = (lambda: flops.newest / args.world_size) if args.log_throughput else None
         self._speed = StepMetrics(flops_per_gpu=per_gpu)
         self._alarms = Alarms(args.alarm_window)
+        self._plan = PlanCheck(args)
         self._losses: dict[str, float] = {}
         self._sequence_loss: dict[str, float] = {}
         self._interval: list[Mapping[str, float]] = []
@@ -125,6 +127,7 @@ class StepObserver:
         self._write({**values, **by_number, **self._rates})
         watched = {name: v for name, v in by_number.items() if name.startswith("max violation")}
         watched |= {name: v for name, v in values.items() if name == "max logit"}
+        self._plan.step_ended(model, optimizer)
         for warning in self._alarms.update(self._iteration, watched):
             print_rank_last(f"WARNING: {warning}")
 
