@@ -37,7 +37,8 @@ def test_buckets_of_a_rank(preset: str, world_size: int) -> None:
         counted = [(k.ranks, n, wire.calls[k]) for k, n in wire.bytes.items() if k.name == name]
         planned = sorted((part.ranks, round(part.sent), part.calls) for part in parts)
         for (ranks, size, calls), one in zip(sorted(counted), planned, strict=True):
-            assert one == (ranks, pytest.approx(size, abs=calls), calls)
+            assert one[::2] == (ranks, calls)
+            assert one[1] == pytest.approx(size, abs=calls)
         assert all(part.hidden for part in parts)
 
 
