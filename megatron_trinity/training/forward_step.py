@@ -124,7 +124,8 @@ class _Poisoned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, total: Tensor) -> Tensor:
         ctx.save_for_backward(total)
-        return total.view_as(total)
+        ctx.mark_dirty(total)  # the tensor itself: pipeline stages free what they hand on, no views
+        return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

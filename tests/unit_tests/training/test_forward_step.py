@@ -48,6 +48,7 @@ def masked(
     for start in range(0, BATCH, size):
         part = output[:, start : start + size].clone().requires_grad_()
         total, tokens, report = masked_loss(mask[start : start + size], part, z_loss_coeff)
+        assert total._base is None  # which pipeline stages ask of what they free
         total.backward()
         results.append(
             {
