@@ -124,7 +124,7 @@ class _Poisoned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, total: Tensor) -> Tensor:
         ctx.save_for_backward(total)
-        return total.view_as(total)
+        return total.clone()  # no view: pipeline schedules free what a stage gives out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
