@@ -16,9 +16,9 @@ from megatron_trinity.command_line.parser import command_parser
 from megatron_trinity.errors import TrinityError, UsageError, run_command
 
 EXAMPLE = """example:
-  tools/report.py runs/mine
-  tools/report.py runs/mine runs/other --out report.html
-  tools/report.py runs/mine --out report.html --watch
+  python tools/report.py runs/mine
+  python tools/report.py runs/mine runs/other --out report.html
+  python tools/report.py runs/mine --out report.html --watch
 """
 
 EVERY = 15.0

@@ -94,7 +94,7 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
     """All that have a point, with the step times behind the throughput."""
     drawn = [_chart(chart, runs) for chart in CHARTS]
     place = next(n for n, one in enumerate(drawn) if one["id"] == "throughput")
-    drawn.insert(place + 1, _step_times(runs))
+    drawn[place + 1 : place + 1] = [_step_times(runs), _slowest_ranks(runs)]
     return [one for one in drawn if one["traces"]]
 
 
@@ -140,6 +140,26 @@ def _step_times(runs: list[Run]) -> dict[str, Any]:
         "title": "Step time",
         "unit": "seconds",
         "log": True,
+        "traces": traces,
+        "lines": [],
+    }
+
+
+def _slowest_ranks(runs: list[Run]) -> dict[str, Any]:
+    traces = []
+    for number, run in enumerate(runs):
+        events = run.history.ranks
+        curve = (
+            np.array([event["iteration"] for event in events], dtype=int),
+            np.array([event["ratio"] for event in events], dtype=float),
+        )
+        if events:
+            traces.append(trace(number, "slowest rank", curve, "points"))
+    return {
+        "id": "ranks",
+        "title": "Slowest rank",
+        "unit": "its own time over the median",
+        "log": False,
         "traces": traces,
         "lines": [],
     }

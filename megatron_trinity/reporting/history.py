@@ -13,7 +13,7 @@ from megatron_trinity.reporting.schema import NAME, SCHEMA
 
 Event = Mapping[str, Any]
 
-OF_STEPS = ("step", "loads", "data", "evaluation", "save")
+OF_STEPS = ("step", "loads", "data", "ranks", "evaluation", "save")
 """Kinds that are done again where a process goes on from before them."""
 
 
@@ -21,8 +21,9 @@ OF_STEPS = ("step", "loads", "data", "evaluation", "save")
 class History:
     """Events by kind, in the order in which they were written.
 
-    `steps`, `loads`, `data`, `evaluations` and `saves` have an iteration once: the newest, and
-    none that a later process has gone back behind. `starts`, `alarms` and `ends` are all there are.
+    `steps`, `loads`, `data`, `ranks`, `evaluations` and `saves` have an iteration once: the newest,
+    and none that a later process has gone back behind. `starts`, `alarms` and `ends` are all there
+    are.
 
     Attributes:
         lost: what was taken out, of all kinds.
@@ -34,6 +35,7 @@ class History:
     steps: list[Event] = field(default_factory=list)
     loads: list[Event] = field(default_factory=list)
     data: list[Event] = field(default_factory=list)
+    ranks: list[Event] = field(default_factory=list)
     evaluations: list[Event] = field(default_factory=list)
     saves: list[Event] = field(default_factory=list)
     alarms: list[Event] = field(default_factory=list)
@@ -94,8 +96,8 @@ def history(lines: Iterable[str]) -> History:
             found.ends.append(event)
         elif kind == "gap":
             found.missing += event["events"]
-    lists = dict(zip(OF_STEPS, (found.steps, found.loads, found.data), strict=False))
-    lists |= {"evaluation": found.evaluations, "save": found.saves}
+    of_steps = (found.steps, found.loads, found.data, found.ranks, found.evaluations, found.saves)
+    lists = dict(zip(OF_STEPS, of_steps, strict=True))
     # An evaluation of the same step twice, as behind the last one, is said once: the newest.
     newest = {(e["kind"], e["iteration"], e.get("set"), e.get("of_test")): e for e in kept}
     for event in newest.values():

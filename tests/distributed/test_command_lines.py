@@ -12,6 +12,7 @@ import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -204,7 +205,7 @@ def with_a_wandb(
     module.log = lambda values, step: calls.extend(f"{step} {name}" for name in values)  # type: ignore[attr-defined]
     module.finish = lambda: calls.append("finish")  # type: ignore[attr-defined]
     module.config = {}  # type: ignore[attr-defined]
-    module.run = types.SimpleNamespace(log_artifact=print, use_artifact=print)  # type: ignore[attr-defined]
+    module.Artifact = module.run = mock.MagicMock()  # type: ignore[attr-defined]
     sys.modules["wandb"] = module
     try:
         assert run_trainer(rank, world_size, flags) == 0

@@ -75,7 +75,8 @@ def traffic(rank: int, world_size: int, flags: tuple[str, ...]) -> Any:
     for part in planned:
         sizes[part.kind] += part.bytes
         calls[part.kind] += part.calls
-    with Large() as counter:
+    counter = Large()
+    with counter:
         _, output = forward(args, ProcessGroupCollection.use_mpu_process_groups())
         output[0].sum().backward()
     return dict(sizes), dict(calls), dict(counter.bytes), dict(counter.number)

@@ -65,13 +65,14 @@ function add(plot, draw) { plots.push({ plot, draw }); }
 const sizes = new ResizeObserver((entries) => entries.forEach(({ target }) => {
   if (target.data) Plotly.Plots.resize(target);
 }));
-function redraw() {
-  return Promise.all(plots.map(({ plot, draw }) => {
+async function redraw() {
+  for (const { plot, draw } of plots) {
     const { traces, options } = draw();
     // How many points each trace was given, for who looks at the page from outside.
     plot.dataset.points = traces.map((trace) => (trace.z ? trace.z.flat() : trace.x).length).join(" ");
-    return Plotly.react(plot, traces, layout(options), { displayModeBar: false });
-  }));
+    await Plotly.react(plot, traces, layout(options), { displayModeBar: false });
+    await new Promise((next) => setTimeout(next));  // let the page be read and scrolled meanwhile
+  }
 }
 
 function markShapes() {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.gpu_forms import as_if_flexible, as_if_kernel, as_if_norm_kernels
+from tests.gpu_forms import as_if_compiled, as_if_flexible, as_if_kernel
 from tests.transformer_engine.models import packed
 
 
@@ -67,7 +67,7 @@ def gpu_forms(half: bool) -> Iterator[None]:
     """The paths of a GPU, as far as memory depends on them."""
     with ExitStack() as stack:
         if half:
-            for form in (as_if_kernel(), as_if_norm_kernels(), as_if_flexible(128)):
+            for form in (as_if_kernel(), as_if_compiled(), as_if_flexible(128)):
                 stack.enter_context(form)
         yield
 

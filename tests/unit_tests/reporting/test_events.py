@@ -142,3 +142,10 @@ def test_no_file_says_where_it_would_be(tmp_path: Path) -> None:
 
 def test_every_kind_is_described() -> None:
     assert all(kind.when and all(kind.fields.values()) for kind in KINDS.values())
+
+
+def test_an_event_of_ranks_has_the_fields_of_the_table() -> None:
+    from megatron_trinity.training.slow_ranks import RankTimes, event
+
+    times = RankTimes(5, [[1.0, 0.5, 0.1], [2.0, 0.5, 0.1]], [0, 0], ["a", "b"])
+    assert set(event(times)) == {"kind", *KINDS["ranks"].fields}

@@ -124,6 +124,13 @@ def test_marks_and_sources(run: Run) -> None:
     assert [one["y"] for one in sources(run)] == [[0.75, 0.75], [0.25, 0.25]]
 
 
+def test_the_slowest_rank_is_a_curve(run: Run) -> None:
+    assert "ranks" not in {chart["id"] for chart in charts([run])}
+    run.history.ranks = [{"iteration": 5, "ratio": 1.25}, {"iteration": 10, "ratio": 1.5}]
+    [chart] = [chart for chart in charts([run]) if chart["id"] == "ranks"]
+    assert (chart["traces"][0]["x"], chart["traces"][0]["y"]) == ([5, 10], [1.25, 1.5])
+
+
 def test_runs_of_one_name_and_what_differs(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path / "a" / "run", 4),
