@@ -2,6 +2,7 @@
 """Train a Trinity model: `torchrun --nproc-per-node 2 pretrain_trinity.py --preset tiny ...`."""
 
 from megatron_trinity.errors import run_command
+from megatron_trinity.exits import end
 
 
 def main() -> None:
@@ -18,4 +19,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, end)

@@ -115,11 +115,11 @@ def _tell_launcher(line: str) -> None:
         json.dump({"message": {"message": line, "extraInfo": extra}}, file)
 
 
-def run_command(main: Callable[[], None]) -> NoReturn:
+def run_command(main: Callable[[], None], end: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Run a command's `main` and exit: 0 done, 1 failed, 2 usage, 3 bad step, 130 interrupted.
 
     Where nobody reads the output any more, as behind `| head`, the command ends with 141, and says
-    so only to the launcher that has started it as a rank.
+    so only to the launcher that has started it as a rank. `end` ends the process.
     """
     code = _run(main)
     try:
@@ -129,7 +129,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or NOBODY_READS
     tell(code)
-    sys.exit(code)
+    end(code)
 
 
 def _run(main: Callable[[], None]) -> int:
