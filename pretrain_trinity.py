@@ -4,6 +4,7 @@
 import gc
 
 from megatron_trinity.errors import run_command
+from megatron_trinity.exits import end
 
 
 def main() -> None:
@@ -23,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, end)

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
-from megatron_trinity.exits import BAD_STEP, FAILED, NOBODY_READS, PEER_LOST, REWIND, USAGE, tell
+from megatron_trinity.exits import BAD_STEP, FAILED, NOBODY_READS, REWIND, USAGE, tell
 
 TRACEBACK = "MEGATRON_TRINITY_TRACEBACK"
 """Environment variable that, if set, shows the traceback behind an error; for developers."""
@@ -115,11 +115,11 @@ def _tell_launcher(line: str) -> None:
         json.dump({"message": {"message": line, "extraInfo": extra}}, file)
 
 
-def run_command(main: Callable[[], None]) -> NoReturn:
+def run_command(main: Callable[[], None], end: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Run a command's `main` and exit: 0 done, 1 failed, 2 usage, 3 bad step, 130 interrupted.
 
     Where nobody reads the output any more, as behind `| head`, the command ends with 141, and says
-    so only to the launcher that has started it as a rank.
+    so only to the launcher that has started it as a rank. `end` ends the process.
     """
     code = _run(main)
     try:
@@ -129,12 +129,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or NOBODY_READS
     tell(code)
-    if code == PEER_LOST:
-        # Nothing of this process is to be kept, and the launcher waits for its end, which would
-        # take seconds: all that was imported is taken down, and groups that have lost a rank.
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    end(code)
 
 
 def _run(main: Callable[[], None]) -> int:

@@ -11,9 +11,10 @@ import os
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_trinity.errors import run_command
+from megatron_trinity.exits import end
 
 FOLDER = Path(os.environ["CHAOS"])
 RANK = int(os.environ["RANK"])
@@ -70,9 +71,10 @@ def main() -> None:
             pretrain()
 
 
+def note_and_end(code: int) -> NoReturn:
+    note("left", code=code)
+    end(code)
+
+
 if __name__ == "__main__":
-    try:
-        run_command(main)
-    except SystemExit as done:
-        note("left", code=done.code)
-        raise
+    run_command(main, note_and_end)

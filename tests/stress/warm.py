@@ -7,6 +7,7 @@ seconds of a processor for each of them.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -88,6 +89,7 @@ def _become(words: Sequence[str], variables: Mapping[str, str]) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        atexit._clear()  # what the agent has registered
         os.environ.clear()
         os.environ.update(variables)
         multiprocessing.set_start_method("fork", force=True)  # what data loaders and writers do

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,27 @@ def test_a_file_that_cannot_be_written_takes_nothing_away(
     monkeypatch.setenv(exits.CODE_FILE, str(tmp_path / "no such directory/code"))
     with pytest.raises(SystemExit, match="0"):
         run_command(lambda: None)
+
+
+ENDS = """
+import atexit, sys, threading, time
+from megatron_trinity.exits import end
+
+class Taken:
+    def __del__(self):
+        print("taken apart")
+
+taken = Taken()
+atexit.register(print, "registered")
+threading.Thread(target=lambda: (time.sleep(0.2), print("waited for"))).start()
+sys.stdout.write("written, ")
+end(8)
+"""
+
+
+def test_an_end_does_all_but_to_take_the_interpreter_apart() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (8, "")
+    assert ended.stdout == "written, waited for\nregistered\n"
