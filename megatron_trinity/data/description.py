@@ -114,7 +114,10 @@ def read_description(path: str | Path) -> Description:
         raise UsageError(f"--data {path}: {error}") from error
 
 
-class _Loader(yaml.SafeLoader):
+_Parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is several times as fast
+
+
+class _Loader(_Parser):
     """Refuses a key that stands twice, of which YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -43,6 +43,7 @@ from megatron_trinity.training.metrics import (
     tokens_per_step,
 )
 from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
+from megatron_trinity.training.planned import PlanCheck
 from megatron_trinity.training.slow_ranks import SlowRanks, ranks_line
 from megatron_trinity.training.slow_ranks import event as event_of_ranks
 from megatron_trinity.training.slow_ranks import scalars as scalars_of_ranks
@@ -93,6 +94,7 @@ class StepObserver:
         self._spikes = Spikes(args)
         self._speed = StepMetrics(flops_per_gpu=lambda: flops.newest / args.world_size)
         self._alarms = Alarms(args.alarm_window)
+        self._plan = PlanCheck(args)
         self._losses: dict[str, float] = {}
         self._sequence_loss: dict[str, float] = {}
         self._interval: list[Mapping[str, float]] = []
@@ -161,6 +163,7 @@ class StepObserver:
         self._write({**values, **by_number, **self._rates})
         watched = {name: v for name, v in by_number.items() if name.startswith("max violation")}
         watched |= {name: v for name, v in values.items() if name == "max logit"}
+        self._plan.step_ended(model, optimizer)
         for warning in self._alarms.update(self._iteration, watched):
             print_rank_last(f"WARNING: {warning}")
             alarm("climb", warning, self._iteration)

@@ -81,8 +81,10 @@ class Watch:
         """
         try:
             yield
-        except (TrinityError, Stopped):
-            self._end()
+        except Stopped:
+            raise
+        except TrinityError as error:
+            self._follow(str(error))  # a save, for one, fails where another rank has died in it
             raise
         except Exception as error:
             self._blame(error)
@@ -116,23 +118,33 @@ class Watch:
                     break
                 time.sleep(0.05)
 
+    def _follow(self, text: str) -> None:
+        """Leave, in one line, if an error with this text comes from the end of another rank.
+
+        Raises:
+            Stopped: it does.
+        """
+        lost = any(word in text.lower() for word in _CONNECTION)
+        if not (self._started and lost and self._ranks > 1):
+            return
+        deadline = time.monotonic() + CAUSE
+        while time.monotonic() < deadline:
+            cause = None
+            with suppress(Exception):  # the store may be gone, too
+                cause = self._cause()
+            if cause is not None:
+                self._closed.set()
+                line = cause if self._speaks() else ""
+                self._note("rank lost", line)
+                raise Stopped(line, exits.PEER_LOST, by_any=True) from None
+            time.sleep(0.1)
+
     def _blame(self, error: Exception) -> None:
-        """Say in one line whose end an error comes from; one that is this rank's own goes on."""
+        """Tell the other ranks of an error, unless it comes from the end of one of them."""
+        text = f"{type(error).__name__}: {root_cause(error)}"
+        self._follow(text)
         if not self._started:
             return
-        text = f"{type(error).__name__}: {root_cause(error)}"
-        if any(word in text.lower() for word in _CONNECTION):
-            deadline = time.monotonic() + CAUSE
-            while time.monotonic() < deadline:
-                cause = None
-                with suppress(Exception):
-                    cause = self._cause()
-                if cause is not None:
-                    self._closed.set()
-                    line = cause if self._speaks() else ""
-                    self._note("rank lost", line)
-                    raise Stopped(line, exits.PEER_LOST, by_any=True) from None
-                time.sleep(0.1)
         self._closed.set()
         with suppress(Exception):
             self._store.set("cause", f"rank {self._rank}, in iteration {self._iteration}: {text}")

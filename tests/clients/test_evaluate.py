@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,21 +34,37 @@ def evaluate(tmp_path: Path, hf: Path, *flags: str, **settings: str) -> str:
     return done.stdout
 
 
-def log_likelihood(export: Path, text: str) -> float:
-    """Of a text behind the eos, each token from as many before it as the model takes or fewer."""
-    model, tokenizer = (
-        AfmoeForCausalLM.from_pretrained(export),
-        AutoTokenizer.from_pretrained(export),
-    )
-    longest, total = CONFIG.max_position_embeddings, 0.0
-    ids = [tokenizer.eos_token_id, *tokenizer(text).input_ids]
-    for start in range(1, len(ids), longest):
-        end = min(start + longest, len(ids))
-        given = torch.tensor([ids[max(0, end - 1 - longest) : end - 1]])
+class Reference:
+    """Log-likelihoods, in nats, of transformers' own logits; `longest` tokens are read at once."""
+
+    longest = CONFIG.max_position_embeddings
+
+    def __init__(self, export: Path) -> None:
+        self._model = AfmoeForCausalLM.from_pretrained(export)
+        self._tokenizer = AutoTokenizer.from_pretrained(export)
+
+    def _of_last(self, ids: Sequence[int], count: int) -> float:
+        """Of the last `count` of the tokens, behind those before them."""
+        read = torch.tensor([ids[-self.longest - 1 : -1]])
         with torch.no_grad():
-            logits = model(given).logits[0, start - end :].log_softmax(-1)
-        total += logits.gather(1, torch.tensor(ids[start:end])[:, None]).sum().item()
-    return total
+            logits = self._model(read).logits[0, -count:].log_softmax(-1)
+        return logits.gather(1, torch.tensor(ids[-count:])[:, None]).sum().item()
+
+    def of_text(self, text: str) -> float:
+        """Of a whole text behind the eos."""
+        ids = [self._tokenizer.eos_token_id, *self._tokenizer(text).input_ids]
+        parts = range(1, len(ids), self.longest)
+        ends = (min(start + self.longest, len(ids)) for start in parts)
+        return sum(
+            self._of_last(ids[:end], end - start) for start, end in zip(parts, ends, strict=True)
+        )
+
+    def of_choice(self, context: str, choice: str) -> float:
+        """Of what follows a context; the context's last line end counts to what follows."""
+        given, ids = (
+            self._tokenizer(text).input_ids for text in (context.rstrip(), context + choice)
+        )
+        return self._of_last(ids, len(ids) - len(given))
 
 
 @pytest.mark.clients
@@ -58,22 +74,23 @@ def test_local_tasks(exports: Path, tmp_path: Path) -> None:
     evaluate(tmp_path, exports / "fp32", "--limit", str(ROWS), "--device", "cpu")
     [results] = (tmp_path / "out").rglob("results_*.json")
     scores = json.loads(results.read_text())["results"]
+    reference = Reference(exports / "fp32")
     tasks = tmp_path / "out/tasks"
     texts = [json.loads(line)["text"] for line in (tasks / "stdlib_text.jsonl").open()][:ROWS]
-    lost = -sum(log_likelihood(exports / "fp32", text) for text in texts) / math.log(2)
+    lost = -sum(map(reference.of_text, texts)) / math.log(2)
     read = sum(len(text.encode()) for text in texts)
     assert scores["stdlib_text"]["bits_per_byte,none"] == pytest.approx(lost / read, rel=1e-4)
 
     [samples] = (tmp_path / "out").rglob("samples_stdlib_next_line_*.jsonl")
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
     assert len(rows) == ROWS
-    assert scores["stdlib_next_line"]["acc,none"] == sum(map(right, rows)) / ROWS
-
-
-def right(row: dict[str, Any]) -> bool:
-    found = [float(response[0]) for response in row["filtered_resps"]]
-    best: int = found.index(max(found))
-    return best == row["doc"]["answer"]
+    right = 0
+    for row in rows:
+        asked, found = row["doc"], [float(response[0]) for response in row["filtered_resps"]]
+        expected = [reference.of_choice(asked["context"], choice) for choice in asked["choices"]]
+        assert found == pytest.approx(expected, rel=1e-4)
+        right += expected.index(max(expected)) == asked["answer"]
+    assert scores["stdlib_next_line"]["acc,none"] == right / ROWS
 
 
 def test_what_each_list_runs(tmp_path: Path) -> None:

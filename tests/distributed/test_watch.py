@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_trinity import exits
+from megatron_trinity.errors import Stopped, TrinityError
 from megatron_trinity.training import watch as watch_module
 from megatron_trinity.training.stuck import Stuck, behind
 from megatron_trinity.training.watch import Watch
@@ -59,6 +60,28 @@ def test_a_store_that_is_gone_ends_no_rank(monkeypatch: pytest.MonkeyPatch) -> N
 
     with pytest.raises(RuntimeError, match="a connection is lost"):
         fail()
+
+
+@pytest.mark.parametrize("error", [TrinityError, RuntimeError])
+def test_an_error_that_follows_from_the_end_of_a_rank_is_told_as_that(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Such as of a save, in which another rank has died."""
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    watch = Watch(Namespace(hang_minutes=0, save=None, tensorboard_dir=None), store)
+    monkeypatch.setattr(watch_module, "CAUSE", 0.5)
+
+    def fail() -> None:
+        with watch.watching():
+            watch.step_begins(7)
+            watch._store.set("cause", "rank 1 was killed in iteration 7")
+            raise error("the checkpoint could not be saved: Connection closed by peer")
+
+    with pytest.raises(Stopped, match="error: rank 1 was killed in iteration 7; all ranks") as told:
+        fail()
+    assert told.value.exit_code == exits.PEER_LOST
 
 
 PROGRAM = """

@@ -30,6 +30,7 @@ Batch = Mapping[str, Tensor]
 TOY = "--use-cpu-initialization"
 """Of the flags of a run at toy size: on a CPU it is the default, and changes nothing."""
 STEPS, WARM_UP = 10, 3
+NODE = 8  # GPUs
 TRANSFORMERS = "transformers"
 
 
@@ -155,31 +156,32 @@ def bytes_of_tensors() -> int:
     return sum(storages.values())
 
 
-def estimate(args: Namespace, side: Steps) -> dict[str, float]:
-    """What planning says of this rank: bytes of its state and FLOPs of its micro-batch."""
+def estimate(args: Namespace) -> dict[str, float]:
+    """What planning says of this rank: bytes of its state and at its peak, seconds of its step on
+    a card that it knows, FLOPs of its micro-batch."""
     from megatron.core import parallel_state
 
+    from megatron_trinity.planning.estimate import estimate as estimate_time
     from megatron_trinity.planning.flops import pairs_of_layers, training_flops
-    from megatron_trinity.planning.parameters import training_state_bytes
+    from megatron_trinity.planning.kernels import on_gpu
+    from megatron_trinity.planning.machines import machines
+    from megatron_trinity.planning.memory import stage_memory
     from megatron_trinity.planning.sizes import ModelSizes
+    from megatron_trinity.planning.stages import stage_chunks
 
-    numels = {True: 0, False: 0}
-    largest = 0
-    for chunk in side.model:
-        for name, parameter in chunk.named_parameters():
-            numels[".experts.experts." in name or ".experts.linear_fc" in name] += parameter.numel()
-            if parameter.ndim == 2 and "word_embeddings" not in name and "output" not in name:
-                largest = max(largest, parameter.numel())
-    ranks = (
-        parallel_state.get_data_parallel_world_size(),
-        parallel_state.get_expert_data_parallel_world_size(),
-    )
-    state = training_state_bytes(numels[False], numels[True], *ranks, largest)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    kernels = on_gpu(args)
+    memory = stage_memory(args, kernels, stage, stage_chunks(args)[stage])
     sizes = ModelSizes.from_args(args)
     lengths = [args.seq_length] * args.micro_batch_size
     tokens = args.seq_length * args.micro_batch_size
     flops = training_flops(sizes, tokens, *pairs_of_layers(sizes, lengths))
-    return {"planned state": state, "flops": flops, "tokens": tokens}
+    found: dict[str, float] = {"planned state": memory.state.total, "planned peak": memory.peak}
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    for name, machine in machines().items():
+        if name.upper() in card.split():
+            found["planned seconds"] = estimate_time(args, kernels, machine, NODE).step
+    return {**found, "flops": flops, "tokens": tokens}
 
 
 def main() -> None:
@@ -189,7 +191,7 @@ def main() -> None:
     side = SIDES[name](args)
     found = figures(args, side)
     if name != TRANSFORMERS:
-        found |= estimate(args, side)
+        found |= estimate(args)
     if os.environ["RANK"] == "0":
         Path(file).write_text(json.dumps(found))
 

@@ -16,7 +16,7 @@ from tests.guide.commands import blocks, commands
 from tests.paths import ROOT
 
 NAME = "tests/guide/test_guide.py::test_the_first_pages"
-SOURCE = f"--source {ROOT / 'megatron_trinity'}"
+SOURCE = "--source documents"
 SHORTER = {
     "--source python-stdlib": SOURCE,
     "--source DIR": SOURCE,
@@ -47,6 +47,8 @@ def project(folder: Path) -> None:
     for name in ("megatron_trinity", "tools", "benchmarks", "pretrain_trinity.py"):
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(sys.prefix)
+    compiled = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "megatron_trinity", folder / "documents", ignore=compiled)
     for name in ("examples", "scripts"):
         shutil.copytree(ROOT / name, folder / name)
     quickstart = folder / "examples/quickstart.sh"

@@ -32,11 +32,15 @@ def test_the_site_is_built(docs_python: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for page in (ROOT / "docs").glob("*.md"):
         assert (tmp_path / f"site/{page.stem}.html").is_file()
+    model = (tmp_path / "site/model.html").read_text()
+    assert model.count("<math") > 20
+    assert "arithmatex" not in model  # no equation is left as it was written
 
 
 def test_what_is_wrong_fails(docs_python: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     (tmp_path / "docs/alone.md").write_text("# In no menu\n")
     with (tmp_path / "docs/index.md").open("a") as index:
         index.write("[gone](gone.md) [nowhere](training.md#nowhere)\n")

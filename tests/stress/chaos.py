@@ -36,7 +36,7 @@ from tests.stress.kill_saves import newest_whole
 from tests.stress.launches import IN_JOB, SCRIPT, TORCHRUN, Launch, launched, lives
 from tests.trainer import training_flags, write_dataset
 
-STEPS, INTERVAL = 40, 4
+STEPS, INTERVAL = 24, 4
 """Of a run, and of its saves."""
 
 HANG_MINUTES = 0.1

@@ -117,8 +117,11 @@ def of_side(
     planned = mine["planned state"] / GIB
     yield at_most(f"{name}: state of a rank", mine["state"] / GIB, STATE * planned, "GiB")
     if not machine.toy:
-        peak = mine["peak"] / GIB
-        yield measured(f"{name}: peak memory", peak, "GiB", f"planned state: {planned:.4g}")
+        peak, plan = mine["peak"] / GIB, mine["planned peak"] / GIB
+        yield measured(f"{name}: peak memory", peak, "GiB", f"planned: {plan:.4g}")
+        if "planned seconds" in mine:
+            told = f"planned: {1e3 * mine['planned seconds']:.4g}"
+            yield measured(f"{name}: time of a step", 1e3 * mine["seconds"], "ms", told)
         if its:
             yield beside(f"{name}: peak memory", (peak, its["peak"] / GIB), CORE, "GiB")
 

@@ -63,6 +63,16 @@ def counted(tmp_path: Path, *words: str) -> dict[str, Any]:
     return {row["case"]: row for row in json.loads(file.read_text())}
 
 
+def hold_launches(found: dict[str, Any]) -> None:
+    """Not above megatron-core's by more than 5 %."""
+    for part in ("dense layer", "MoE layer, local", "MoE layer, global", "head and loss", "step"):
+        row = found[f"{part}, launches"]
+        assert row["ours"] <= 1.05 * row["peer"], part
+    # Megatron moves its biases among the gradients. Its own grow with the layers: 47 with eight.
+    behind = [found[f"{part}, launches"]["ours"] for part in ("gradients", "behind the step")]
+    assert sum(behind) <= 46
+
+
 @pytest.mark.slow
 def test_what_muon_costs(tmp_path: Path) -> None:
     found = counted(tmp_path, "--optimizer", "muon")
@@ -74,14 +84,25 @@ def test_what_muon_costs(tmp_path: Path) -> None:
 
 
 @pytest.mark.te
+def test_muon_with_layers_of_transformer_engine(tmp_path: Path) -> None:
+    words = ("--optimizer", "muon", "--transformer-impl", "transformer_engine")
+    found = counted(tmp_path, *words)
+    hold_launches(found)
+    assert found["optimizer, beside products, launches"]["ratio"] > 3
+    assert found["optimizer, host syncs"]["ours"] == 1
+
+
+@pytest.mark.te
 def test_layers_of_transformer_engine(tmp_path: Path) -> None:
     found = counted(tmp_path, "--transformer-impl", "transformer_engine")
     assert found["MoE layer, local, host syncs"]["ours"] == 1
     assert found["optimizer, host syncs"]["ours"] == 1
+    assert found["behind the step, host syncs"]["ours"] == 2
+    hold_launches(found)
     # A product for each expert that has tokens, forward, and two of each backward, on both sides.
     assert found["routed experts of a layer, launches"]["ratio"] > 0.9
     # Two norms more.
-    assert found["MoE layer, local, MiB kept"]["ratio"] > 0.9
+    assert found["MoE layer, local, MiB kept"]["ratio"] > 0.94
 
 
 @pytest.mark.slow
@@ -97,11 +118,9 @@ def test_what_a_step_costs(tmp_path: Path) -> None:
     # What is logged, and whether the rerun machine has to run the step again; a line adds nothing.
     assert syncs["behind the step, host syncs"] == 2
     assert syncs["behind a step with a line in the log, host syncs"] == 2
-    # Megatron moves its biases among the gradients.
-    behind = [found[f"{part}, launches"] for part in ("gradients", "behind the step")]
-    assert sum(row["ours"] for row in behind) <= sum(row["peer"] for row in behind) + 20
-    assert found["head and loss, launches"]["ours"] <= 80
-    assert found["routed experts of a layer, launches"]["ratio"] > 1
+    hold_launches(found)
+    assert found["step, launches"]["ratio"] > 1.5
+    assert found["routed experts of a layer, launches"]["ratio"] > 3
     assert found["step, MiB kept"]["ratio"] > 1
     # Each layer sends its tokens, and gets them back, in both directions.
     assert found["all_to_all, MiB sent"]["ours"] > 0

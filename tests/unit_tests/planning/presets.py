@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_trinity.planning.parameters import total_parameters
 from megatron_trinity.planning.sizes import ModelSizes
 
 
@@ -58,11 +57,3 @@ PRESETS = {
         0.1924,
     ),
 }
-
-
-def active_parameters(sizes: ModelSizes) -> int:
-    """Those that one token meets: the experts that it takes, embedding and LM head."""
-    left_out = sizes.num_experts - sizes.topk
-    moe_layers = sum(kind.is_moe for kind in sizes.layer_kinds())
-    expert = 3 * sizes.hidden_size * sizes.moe_ffn_hidden_size
-    return total_parameters(sizes) - moe_layers * left_out * expert

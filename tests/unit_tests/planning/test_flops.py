@@ -18,10 +18,11 @@ from megatron_trinity.planning.flops import (
     stage_flops,
     training_flops,
 )
+from megatron_trinity.planning.parameters import active_parameters
 from megatron_trinity.planning.sizes import LayerKind, ModelSizes
 from tests.distributed.pool import RankPools
 from tests.trinity import afmoe_config, build, parse
-from tests.unit_tests.planning.presets import PRESETS, active_parameters
+from tests.unit_tests.planning.presets import PRESETS
 
 SMALL = ModelSizes(
     num_layers=5,

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_trinity.planning.parameters import total_parameters, training_state_bytes
-from tests.unit_tests.planning.presets import PRESETS, active_parameters
+from megatron_trinity.planning.parameters import (
+    active_parameters,
+    total_parameters,
+    training_state_bytes,
+)
+from tests.unit_tests.planning.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_trinity.planning.fake_ranks import fake_groups, parse_for_ranks, parse_layout
 from megatron_trinity.planning.layouts import RECOMMENDED, Layout
 from megatron_trinity.planning.stages import stage_chunks
 from megatron_trinity.planning.state import StageState, StateBytes, is_sharded
+from megatron_trinity.training.planned import state_bytes
 from tests.distributed import layouts
 from tests.distributed.layouts import GLOBAL_BATCH, HEADS, LAYOUTS, QUERY_GROUPS, QUICK
 from tests.trinity import afmoe_config
@@ -45,30 +45,13 @@ def built(args: Namespace, rank: int, device: str) -> tuple[StateBytes, StateByt
         numbers = (groups.intra_dp_cp.rank(), groups.intra_expt_dp.rank())
         expected = stage.of_rank(*(numbers if is_sharded(args) else (0, 0)))
         chunks = wrapped(args, groups, device)
-        buffers = [b for c in chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
-        weights = {*storages(p.data for chunk in chunks for p in chunk.parameters())}
-        gradients = {*storages(buffer.grad_data for buffer in buffers)} - weights
-        optimizer = built_optimizer(args, chunks)
-        state = {*storages(optimizer_tensors(optimizer))} - weights - gradients
-        padding = sum(
-            (b.numel - b.numel_unpadded) * (b.param_dtype.itemsize + b.grad_dtype.itemsize)
-            for b in buffers
-        )
-        of_kind = [sum(size for _, size in kind) for kind in (weights, gradients, state)]
-        return expected, StateBytes(of_kind[0], of_kind[1], of_kind[2], padding)
+        return expected, state_bytes(chunks, built_optimizer(args, chunks))
 
 
 @contextlib.contextmanager
 def on(device: str) -> Iterator[None]:
     with mock.patch.object(torch.cuda, "current_device", return_value=torch.device(device)):
         yield
-
-
-def storages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
-    """Which, and how large."""
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        yield storage._cdata, storage.nbytes()
 
 
 def wrapped(args: Namespace, groups: Any, device: str) -> list[Any]:
@@ -149,21 +132,6 @@ def built_optimizer(args: Namespace, chunks: list[Any]) -> Any:
     optimizer.step()
     optimizer.zero_grad()
     return optimizer
-
-
-def optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
-    """fp32 weights, moments and numbers of steps."""
-    if hasattr(optimizer, "units"):
-        for unit in optimizer.units:
-            yield from unit.state.values()
-        inner = [optimizer.optimizer]
-    else:
-        inner = [part.optimizer for part in optimizer.chained_optimizers]
-    for one in inner:
-        for group in one.param_groups:
-            yield from group["params"]
-        for state in one.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 CASES = [

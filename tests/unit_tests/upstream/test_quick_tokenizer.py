@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,41 @@ def test_what_may_be_more_than_its_file_is_left_to_megatron(
     folder = shutil.copytree(trained, tmp_path / "tokenizer")
     LEFT[case](folder)
     assert numbers_of(folder) is None
+
+
+def built(rank: int, world_size: int, folder: Path, flags: dict[str, object]) -> tuple[str, int]:
+    """The class of the tokenizer that Megatron's set-up makes, and its number of entries."""
+    from megatron.training import global_vars
+
+    args = Namespace(
+        rank=0,
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(folder),
+        metadata_path=None,
+        vocab_file=None,
+        merge_file=None,
+        chat_template=None,
+        special_tokens=None,
+        tokenizer_hf_no_use_fast=False,
+        tokenizer_hf_no_include_special_tokens=False,
+        trust_remote_code=False,
+        pad_vocab_size=False,
+    )
+    vars(args).update(flags)
+    made = global_vars.build_tokenizer(args)
+    return type(made).__name__, made.vocab_size
+
+
+def test_flags_that_change_a_tokenizer_are_left_to_megatron(
+    ranks: RankPools, trained: Path
+) -> None:
+    numbers = numbers_of(trained)
+    assert numbers is not None
+    size = numbers.vocab_size
+    assert ranks.run(built, trained, {}, world_size=1)[0] == ("TokenizerNumbers", size)
+    for flag, value, more in (
+        ("special_tokens", ["<|more|>"], 1),
+        ("tokenizer_hf_no_use_fast", True, 0),
+    ):
+        found = ranks.run(built, trained, {flag: value}, world_size=1)[0]
+        assert found == ("DefaultTokenizerText", size + more)
