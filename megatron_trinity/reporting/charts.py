@@ -130,7 +130,8 @@ def _chart(chart: Chart, runs: list[Run]) -> dict[str, Any]:
 def _step_times(runs: list[Run]) -> dict[str, Any]:
     traces = []
     for number, run in enumerate(runs):
-        edges = buckets(len(run.seconds), 200)
+        # Of fewer steps a percentile says nothing.
+        edges = buckets(len(run.seconds), min(200, max(1, len(run.seconds) // 20)))
         rows = percentiles(run.seconds, edges, SHARES)
         ends = run.iterations[edges[1:] - 1]
         for share, row in zip(SHARES, rows, strict=True):

@@ -26,7 +26,7 @@ def summary(run: Run) -> dict[str, str]:
     rows["TFLOP/s"] = _newest(run, "throughput per GPU (TFLOP/s/GPU)")
     median, most, almost = map(digits, np.percentile(run.seconds, (50, 95, 99)))
     rows["step time"] = f"median {median} s, 95 % within {most} s, 99 % within {almost} s"
-    rows["memory"] = f"{_newest(run, 'peak memory (GiB)')} GiB"
+    rows["memory, GiB"] = _newest(run, "peak memory (GiB)")
     rows["MaxVio"] = _violation(run)
     rows["unused experts"] = _newest(run, "unused experts")
     parts = goodput(run.history)

@@ -193,7 +193,6 @@ class Journal:
             return  # it was to evaluate alone, or there was nothing left to train
         note({"kind": "end", "iteration": self.iteration, "code": code, "line": line})
         if self._console is not None and code == DONE:
-            self._console.close()
             self._console.mark("done", f"trained to {self.iteration}")
 
     def _write_arguments(self, arguments: Mapping[str, Any]) -> None:
