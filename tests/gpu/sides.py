@@ -176,7 +176,7 @@ def estimate(args: Namespace) -> dict[str, float]:
     lengths = [args.seq_length] * args.micro_batch_size
     tokens = args.seq_length * args.micro_batch_size
     flops = training_flops(sizes, tokens, *pairs_of_layers(sizes, lengths))
-    found = {"planned state": memory.state.total, "planned peak": memory.peak}
+    found: dict[str, float] = {"planned state": memory.state.total, "planned peak": memory.peak}
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     for name, machine in machines().items():
         if name.upper() in card.split():
