@@ -78,9 +78,7 @@ def trinity_block_spec(
         1: _layer_spec(config, backend, _moe(config, backend), norm),
     }
     return TransformerBlockSubmodules(
-        layer_specs=[
-            layer[config.moe_layer_freq[i]] for i in stage_layers(config, vp_stage, pp_rank)
-        ],
+        layer_specs=[layer[config.moe_layer_freq[i]] for i in _stage(config, vp_stage, pp_rank)],
         layer_norm=norm,
     )
 
@@ -153,7 +151,7 @@ def _moe(config: TransformerConfig, backend: BackendSpecProvider) -> MlpBuilder:
     )
 
 
-def stage_layers(config: TransformerConfig, vp_stage: int | None, pp_rank: int | None) -> list[int]:
+def _stage(config: TransformerConfig, vp_stage: int | None, pp_rank: int | None) -> list[int]:
     """0-based numbers of the decoder layers that a pipeline stage holds."""
     layout = config.pipeline_model_parallel_layout
     if layout is not None:

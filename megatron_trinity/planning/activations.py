@@ -38,6 +38,13 @@ NORMS, ATTENTION, DENSE, ROUTER, EXPERTS, SHARED = PARTS = (
 INPUT, EMBEDDING, HEAD = "layer inputs to recompute from", "embedding", "head and loss"
 
 
+def recomputed_modules(args: Namespace) -> tuple[str, ...]:
+    """Of selective recompute; Megatron's choice where none are named."""
+    if args.recompute_granularity != "selective":
+        return ()
+    return tuple(args.recompute_modules or ("core_attn",))
+
+
 @dataclass(frozen=True)
 class Activations:
     """Of one rank and one micro-batch."""
@@ -113,7 +120,7 @@ class Activations:
         if args.recompute_granularity == "full":
             kept += self._recomputed(chunk.kinds)
         else:
-            modules = args.recompute_modules if args.recompute_granularity else ()
+            modules = recomputed_modules(args)
             for kind in chunk.kinds:
                 kept += self.layer(kind, modules)
         if chunk.has_embedding:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_trinity.optimizer.newton_schulz import flops as newton_schulz_flops
 from megatron_trinity.planning import flops as parts_of
-from megatron_trinity.planning.activations import Activations
+from megatron_trinity.planning.activations import Activations, recomputed_modules
 from megatron_trinity.planning.flops import (
     BACKWARD,
     forward_parts,
@@ -180,7 +180,7 @@ def _again(args: Namespace, part: str) -> int:
         "moe": (parts_of.ROUTER, parts_of.ROUTED, parts_of.SHARED),
         "shared_experts": (parts_of.SHARED,),
     }
-    again = {part for name in args.recompute_modules for part in modules.get(name, ())}
+    again = {part for name in recomputed_modules(args) for part in modules.get(name, ())}
     return int(part in again)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_trinity.optimizer.muon import BATCH_ELEMENTS, BATCH_SHARE
-from megatron_trinity.planning.activations import Activations
+from megatron_trinity.planning.activations import Activations, recomputed_modules
 from megatron_trinity.planning.kernels import Kernels
 from megatron_trinity.planning.rank_parameters import RankParameter, optimizer_kinds
 from megatron_trinity.planning.schedule import Moment, passes
@@ -110,7 +110,7 @@ def chunk_work(activations: Activations, chunk: Chunk) -> int:
             default=0,
         )
     elif args.recompute_granularity:
-        modules = args.recompute_modules
+        modules = recomputed_modules(args)
         again = max(
             (
                 activations.layer(kind).total() - activations.layer(kind, modules).total()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_trinity.planning.activations import recomputed_modules
 from megatron_trinity.planning.flops import forward_parts, pairs_of_layers
 from megatron_trinity.planning.layout_check import describe
 from megatron_trinity.planning.memory import StageMemory
@@ -33,7 +34,7 @@ def print_layouts(plans: Sequence[Plan]) -> None:
         chunks = a.virtual_pipeline_model_parallel_size or 1
         again = a.recompute_granularity or "none"
         if again == "selective":
-            again = " ".join(a.recompute_modules)
+            again = " ".join(recomputed_modules(a))
         rows.append(
             (
                 *(number, a.data_parallel_size, a.tensor_model_parallel_size),

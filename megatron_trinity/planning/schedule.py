@@ -24,7 +24,9 @@ class Moment:
 
 
 def micro_batches(args: Namespace) -> int:
-    """Of a step, on each data-parallel rank."""
+    """Of a step, on each data-parallel rank; of one that grows, what fills the pipeline."""
+    if args.global_batch_size is None:
+        return int(4 * args.pipeline_model_parallel_size)
     return int(args.global_batch_size // (args.micro_batch_size * args.data_parallel_size))
 
 

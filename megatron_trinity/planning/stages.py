@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_trinity.planning.sizes import LayerKind, ModelSizes
 
@@ -29,31 +28,55 @@ class Chunk:
 
 def stage_chunks(args: Namespace) -> list[tuple[Chunk, ...]]:
     """The chunks of each pipeline stage, as Megatron lays them out for parsed arguments."""
-    from megatron_trinity.model.layer_specs import stage_layers
-
     sizes = ModelSizes.from_args(args)
     stages = args.pipeline_model_parallel_size
     virtual = args.virtual_pipeline_model_parallel_size or 1
-    config: Any = Namespace(
-        num_layers=args.num_layers,
-        pipeline_model_parallel_size=stages,
-        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
-        pipeline_model_parallel_layout=_layout(args),
-        num_layers_in_first_pipeline_stage=args.decoder_first_pipeline_num_layers,
-        num_layers_in_last_pipeline_stage=args.decoder_last_pipeline_num_layers,
-        account_for_embedding_in_pipeline_split=args.account_for_embedding_in_pipeline_split,
-        account_for_loss_in_pipeline_split=args.account_for_loss_in_pipeline_split,
-    )
+    counts = _layers_of_chunks(args, stages, virtual)
+    first = [sum(counts[:number]) for number in range(len(counts))]
 
     def chunk(stage: int, number: int) -> Chunk:
-        vp_stage = number if args.virtual_pipeline_model_parallel_size else None
+        place = number * stages + stage  # all first chunks, then all second ones, ...
+        numbers = range(first[place], first[place] + counts[place])
         return Chunk(
-            tuple((n, sizes.layer_kind(n)) for n in stage_layers(config, vp_stage, stage)),
-            has_embedding=stage == number == 0,
-            has_lm_head=stage == stages - 1 and number == virtual - 1,
+            tuple((n, sizes.layer_kind(n)) for n in numbers),
+            has_embedding=place == 0,
+            has_lm_head=place == len(counts) - 1,
         )
 
     return [tuple(chunk(stage, number) for number in range(virtual)) for stage in range(stages)]
+
+
+def _layers_of_chunks(args: Namespace, stages: int, virtual: int) -> list[int]:
+    """How many decoder layers each chunk has, in the order of the model.
+
+    Megatron's functions for it ask process groups, which a plan has none of.
+    """
+    layout = args.pipeline_model_parallel_layout
+    if layout is not None:
+        from megatron.core.transformer.enums import LayerType
+        from megatron.core.transformer.pipeline_parallel_layer_layout import (
+            PipelineParallelLayerLayout,
+        )
+
+        if not isinstance(layout, PipelineParallelLayerLayout):
+            layout = PipelineParallelLayerLayout(layout, stages)
+        rows = [
+            layout.layout[stage][number] for number in range(virtual) for stage in range(stages)
+        ]
+        return [row.count(LayerType.decoder) for row in rows]
+    ends = (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers)
+    embedding = bool(args.account_for_embedding_in_pipeline_split)
+    loss = bool(args.account_for_loss_in_pipeline_split)
+    left = args.num_layers + embedding + loss - sum(end or 0 for end in ends)
+    even = left // max(stages - sum(end is not None for end in ends), 1)
+    per_stage = [even] * stages
+    for place, end in zip((0, -1), ends, strict=True):
+        if end is not None:
+            per_stage[place] = end
+    counts = [number // virtual for number in per_stage] * virtual
+    counts[0] -= embedding
+    counts[-1] -= loss
+    return counts
 
 
 def unlike_stages(stages: Sequence[tuple[Chunk, ...]]) -> list[tuple[int, tuple[Chunk, ...]]]:
@@ -63,12 +86,3 @@ def unlike_stages(stages: Sequence[tuple[Chunk, ...]]) -> list[tuple[int, tuple[
         key = tuple((sorted(map(str, c.kinds)), c.has_embedding, c.has_lm_head) for c in chunks)
         found.setdefault(str(key), (number, chunks))
     return list(found.values())
-
-
-def _layout(args: Namespace) -> Any:
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-    layout = args.pipeline_model_parallel_layout
-    if layout is None or isinstance(layout, PipelineParallelLayerLayout):
-        return layout
-    return PipelineParallelLayerLayout(layout, args.pipeline_model_parallel_size)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_trinity.model.context_parallel import chunks_of, pieces_of
-from megatron_trinity.planning.activations import Activations
+from megatron_trinity.planning.activations import Activations, recomputed_modules
 from megatron_trinity.planning.schedule import micro_batches
 from megatron_trinity.planning.stages import Chunk
 from megatron_trinity.planning.state import StageState, data_ranks, is_sharded
@@ -145,7 +145,7 @@ def chunk_traffic(activations: Activations, chunk: Chunk) -> Iterator[Traffic]:
     args = activations.args
     layers = list(chunk.kinds)
     full = args.recompute_granularity == "full"
-    modules = set(args.recompute_modules or ()) if args.recompute_granularity == "selective" else ()
+    modules = recomputed_modules(args)
     block = full and args.recompute_method == "block"
     for number, kind in enumerate(layers):
         again = full and (not block or number < args.recompute_num_layers)

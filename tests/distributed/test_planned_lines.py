@@ -31,7 +31,7 @@ def test_plan_and_measurement(ranks: RankPools, tmp_path: Path) -> None:
     assert planned.endswith("in the backward pass, 1 in flight")
     [measured] = re.findall(r"> plan and measured, rank 0: .*", first)
     for part in ("weights", "gradients", "optimizer"):
-        assert re.search(rf"{part} [\d.]+ kB as planned", measured)
+        assert re.search(rf"{part} [\d.]+ [kM]B as planned", measured)
     for log in (first, second):
         assert "heoretical" not in log
         assert "in billions" not in log
