@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron.core.enums import ModelType
 from megatron.training.async_utils import maybe_finalize_async_save
-from megatron.training.global_vars import set_global_variables
+from megatron.training.global_vars import get_tensorboard_writer, set_global_variables
 from megatron.training.training import pretrain as megatron_pretrain
 from megatron.training.utils import print_rank_0
 
@@ -91,7 +91,7 @@ def _pretrain(argv: Sequence[str] | None, stop: Stop) -> None:
         with refusing("the model cannot be configured"):
             model_config = model_config_from_args(args)
         model_config.pre_wrap_hooks.append(partial(announce_balance, args))
-        with watch.watching(), leaving.with_its_code():
+        with written_scalars(), watch.watching(), leaving.with_its_code():
             megatron_pretrain(
                 container_from_args(args, model_config),
                 without_interruption(dataset_provider(data), stop),
@@ -117,6 +117,17 @@ def without_interruption[**P, T](function: Callable[P, T], stop: Stop) -> Callab
             return function(*args, **kwargs)
 
     return finished
+
+
+@contextmanager
+def written_scalars() -> Iterator[None]:
+    """Write to the end what TensorBoard is given: the thread that does it dies with the process."""
+    try:
+        yield
+    finally:
+        writer = get_tensorboard_writer()
+        if writer is not None:
+            writer.flush()
 
 
 @contextmanager
