@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core.enums import ModelType
 from megatron.training.async_utils import maybe_finalize_async_save
-from megatron.training.global_vars import set_global_variables
+from megatron.training.global_vars import get_tensorboard_writer, set_global_variables
 from megatron.training.training import pretrain as megatron_pretrain
 from megatron.training.utils import print_rank_0
 
@@ -118,7 +118,7 @@ def _train(args: Namespace, stop: Stop, journal: Journal) -> None:
             model_config = model_config_from_args(args)
         model_config.pre_wrap_hooks.append(partial(announce_balance, args))
         step = partial(forward_step, record=record, flops=flops)
-        with watch.watching(), leaving.with_its_code(), slow.own.until_the_end():
+        with written_scalars(), watch.watching(), leaving.with_its_code(), slow.own.until_the_end():
             megatron_pretrain(
                 container_from_args(args, model_config),
                 without_interruption(dataset_provider(data), stop),
@@ -154,6 +154,17 @@ def timing_reading(step: Callable[..., Any], own: OwnTime) -> Callable[..., Any]
         return step(own.reading(data_iterator), *args)
 
     return timed
+
+
+@contextmanager
+def written_scalars() -> Iterator[None]:
+    """Write to the end what TensorBoard is given: the thread that does it dies with the process."""
+    try:
+        yield
+    finally:
+        writer = get_tensorboard_writer()
+        if writer is not None:
+            writer.flush()
 
 
 @contextmanager
