@@ -27,7 +27,7 @@ EXAMPLE = """example:
   python tools/plan.py --preset large --gpus 2048 --gpu h100 --train-tokens 17T
   python tools/plan.py --preset large --gpus 512 --gpu h200 --precision fp8-blockwise
   python tools/plan.py --preset mini --gpus 64 --gpu h100 --expert-model-parallel-size 8 \\
-      --what-if --micro-batch-size=2 --json plan.json
+      --what-if micro-batch-size=2 --json plan.json
 """
 
 

@@ -38,8 +38,8 @@ def parsed(*flags: str, ranks: int = 1) -> Namespace:
 
 
 def kernels(args: Namespace) -> Kernels:
-    """Those of `gpu_forms`: what is compiled for the loss is not."""
-    return replace(on_gpu(args), swiglu=args.bias_swiglu_fusion, loss=False)
+    """Those of `gpu_forms`."""
+    return replace(on_gpu(args), swiglu=args.bias_swiglu_fusion, loss=bool(args.bf16))
 
 
 def both(args: Namespace, documents: Any = None) -> tuple[dict[str, int], dict[str, int]]:
@@ -48,7 +48,7 @@ def both(args: Namespace, documents: Any = None) -> tuple[dict[str, int], dict[s
     [[chunk]] = stage_chunks(args)
     with fake_groups(args, 0) as groups, gpu_forms(bool(args.bf16)):
         held, output = forward(args, groups, documents)
-        assert output.shape == (4, BATCH, args.seq_length)
+        assert output.shape == (4, BATCH, args.seq_length // args.context_parallel_size)
         real = held.by_place()
     total = activations.chunk(chunk).total() + activations.rope
     expected = {"total": total}
