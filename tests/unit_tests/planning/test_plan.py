@@ -94,7 +94,7 @@ def test_the_best_fits_and_is_accepted() -> None:
 
 @pytest.mark.slow
 def test_what_would_make_it_fit() -> None:
-    goal = replace(GOAL, machine=replace(GOAL.machine, memory=58e9))
+    goal = replace(GOAL, machine=replace(GOAL.machine, memory=35e9))
     found = search(replace(goal, flags=(*goal.flags, *FEW)))
     assert not found.plans
     assert found.closest is not None
