@@ -1,4 +1,4 @@
-"""What the log says of a plan: a line at start, and one behind the first step."""
+"""What the log says of a plan: at start, and behind the first step."""
 
 from __future__ import annotations
 
@@ -6,28 +6,24 @@ from argparse import Namespace
 
 from megatron_trinity.planning.kernels import on_cpu, on_gpu
 from megatron_trinity.planning.memory import stage_memories
-from megatron_trinity.planning.parameters import active_parameters, total_parameters
-from megatron_trinity.planning.sizes import ModelSizes
 from megatron_trinity.planning.state import StateBytes
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def planned_line(args: Namespace, on_cuda: bool) -> str:
-    """Parameters of the model and bytes of its fullest rank, for parsed arguments.
+def planned_memory(args: Namespace, on_cuda: bool) -> str:
+    """Bytes of the fullest rank, for parsed arguments.
 
     Args: on_cuda: whether the run has the kernels of a GPU.
     """
-    sizes = ModelSizes.from_args(args)
     memory = stage_memories(args, on_gpu(args) if on_cuda else on_cpu(args), exact=False)
     fullest = max(memory, key=lambda stage: stage.peak)
     state = fullest.state
     where = f" (stage {fullest.stage})" if args.pipeline_model_parallel_size > 1 else ""
     return (
-        f"> plan: {short(total_parameters(sizes))} parameters, {short(active_parameters(sizes))} "
-        f"active; the fullest rank{where} holds weights {short(state.weights)}B, gradients "
+        f"planned for the fullest rank{where}: weights {short(state.weights)}B, gradients "
         f"{short(state.gradients)}B, optimizer {short(state.optimizer)}B, for backward "
-        f"{short(fullest.kept.total())}B; its peak is {short(fullest.peak)}B, in {fullest.moment}"
+        f"{short(fullest.kept.total())}B; peak {short(fullest.peak)}B, in {fullest.moment}"
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron_trinity.arguments.stages import unit_of
 from megatron_trinity.arguments.written import NAME as ARGUMENTS
 from megatron_trinity.data.run_data import RunData
+from megatron_trinity.planning.lines import planned_memory
 from megatron_trinity.planning.parameters import active_parameters, total_parameters
 from megatron_trinity.planning.sizes import ModelSizes
 from megatron_trinity.reporting.console import digits, table_lines
@@ -35,6 +36,7 @@ def opening(args: Namespace, data: RunData | None, start: int) -> dict[str, str]
         "parameters": _parameters(args),
         "layout": _layout(args),
         "precision": _precision(args),
+        "memory": planned_memory(args, torch.cuda.is_available()),
         "data": _data(args, data),
         "batch": _batch(args),
         "schedule": _schedule(args),
@@ -79,7 +81,7 @@ def _parameters(args: Namespace) -> str:
 
 
 def _layout(args: Namespace) -> str:
-    device = "GPUs" if torch.cuda.is_available() else "processes on CPUs"
+    one, many = ("GPU", "GPUs") if torch.cuda.is_available() else ("CPU process", "CPU processes")
     degrees = {
         "data": args.data_parallel_size,
         "tensor": args.tensor_model_parallel_size,
@@ -96,7 +98,8 @@ def _layout(args: Namespace) -> str:
         f"recompute {args.recompute_granularity}": args.recompute_granularity,
     }
     words += [name for name, on in switches.items() if on]
-    return f"{args.world_size} {device}" + (f": {', '.join(words)}" if words else "")
+    ranks = f"{args.world_size:,} {one if args.world_size == 1 else many}"
+    return ranks + (f": {', '.join(words)}" if words else "")
 
 
 def _precision(args: Namespace) -> str:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.enums import ModelType
 from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.global_vars import get_tensorboard_writer, set_global_variables
@@ -27,7 +26,6 @@ from megatron_trinity.data.run_data import run_data
 from megatron_trinity.data.sources import check_data, check_manifests
 from megatron_trinity.errors import StepError, UsageError
 from megatron_trinity.model.config import model_config_from_args
-from megatron_trinity.planning.lines import planned_line
 from megatron_trinity.training.balance import announce_balance
 from megatron_trinity.training.checkpoints import WholeCheckpoints
 from megatron_trinity.training.data_given import note_data
@@ -95,8 +93,6 @@ def _train(args: Namespace, stop: Stop, journal: Journal) -> None:
         set_global_variables(args)
     settle_vocabulary(args)
     check_manifests(args, described)
-    if int(os.environ["RANK"]) == 0:
-        print(planned_line(args, torch.cuda.is_available()), flush=True)
     data = run_data(args, described)
     note_data(args, data)
     store = launch_store(args.distributed_timeout_minutes)
@@ -105,7 +101,7 @@ def _train(args: Namespace, stop: Stop, journal: Journal) -> None:
         check_profile(args, start_of(args, checked))
         check_progress(args)
         leave_out_noted(args)
-        if args.rank == 0 and not args.verbose_log:
+        if args.rank == 0:
             print_opening(opening(args, data, start_of(args, checked)))
         record, flops = MicroBatchRecord(), StepFlops(args)
         set_flop_counter(flops)
