@@ -85,6 +85,7 @@ def _start(
         "versions": {"python": "3.13.1", "torch": "2.13.0", "megatron-core": "0.19.2"},
         "git": {"commit": "0123456789abcdef", "changed": False},
         "parameters": [3_500_000, 1_200_000],
+        "planned_peak": 3 * 2**30,
         "layers": list(range(2, 2 + LAYERS)),
         "train_iters": steps,
         "tokens_per_sample": 256,

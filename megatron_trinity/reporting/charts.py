@@ -26,6 +26,8 @@ CELLS = 400_000
 
 SHARES = (50.0, 90.0, 99.0)
 
+GIB = 2**30
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -113,18 +115,25 @@ def _chart(chart: Chart, runs: list[Run]) -> dict[str, Any]:
         if chart.id == "loss":
             for label, curve in run.evaluations().items():
                 traces.append(trace(number, label, curve, "points"))
-    lines = []
-    if chart.id == "norm":
-        limits = {run.arguments().get("--clip-grad") for run in runs}
-        lines = [{"y": limit, "text": f"clipped at {limit:g}"} for limit in limits if limit]
     return {
         "id": chart.id,
         "title": chart.title,
         "unit": chart.unit,
         "log": chart.log,
         "traces": traces,
-        "lines": lines,
+        "lines": _lines(chart, runs),
     }
+
+
+def _lines(chart: Chart, runs: list[Run]) -> list[dict[str, Any]]:
+    """Values that the curves are held against."""
+    if chart.id == "norm":
+        limits = {run.arguments().get("--clip-grad") for run in runs}
+        return [{"y": limit, "text": f"clipped at {limit:g}"} for limit in limits if limit]
+    if chart.id == "memory":
+        peaks = {run.history.starts[-1].get("planned_peak") for run in runs}
+        return [{"y": peak / GIB, "text": "planned"} for peak in sorted(filter(None, peaks))]
+    return []
 
 
 def _step_times(runs: list[Run]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ KINDS: dict[str, Kind] = {
             "versions": "package to version",
             "git": "commit of the project, and whether its files differ from it; null without git",
             "parameters": "of the whole model, and those that a token meets",
+            "planned_peak": "bytes at once that the planner expects of the last rank; null on CPUs",
             "layers": "numbers of the MoE layers, from 1, in the order of all lists by layer",
             "train_iters": "steps of the whole run",
             "tokens_per_sample": "length of a sequence",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 import yaml
 from torch import Tensor
 
@@ -24,8 +25,11 @@ from megatron_trinity.data.plan import Given
 from megatron_trinity.errors import SpikeError, Stopped, TrinityError
 from megatron_trinity.exits import DONE, FAILED
 from megatron_trinity.moe.metrics import LoadMetrics
+from megatron_trinity.planning.kernels import on_gpu
+from megatron_trinity.planning.memory import stage_memory
 from megatron_trinity.planning.parameters import active_parameters, total_parameters
 from megatron_trinity.planning.sizes import ModelSizes
+from megatron_trinity.planning.stages import stage_chunks
 from megatron_trinity.reporting.console import StepConsole, StepValues, digits
 from megatron_trinity.reporting.events import logging_events, logs_events, note
 from megatron_trinity.reporting.schema import SCHEMA
@@ -94,6 +98,7 @@ class Journal:
                 "versions": _versions(),
                 "git": _git(),
                 "parameters": [total_parameters(sizes), active_parameters(sizes)],
+                "planned_peak": planned_peak(self._args),
                 "layers": list(layers),
                 "train_iters": self._args.train_iters,
                 "tokens_per_sample": self._args.seq_length,
@@ -207,6 +212,15 @@ class Journal:
                 yaml.safe_dump(arguments, file, sort_keys=True)
         except OSError as error:
             print(f"WARNING: {folder / ARGUMENTS} cannot be written: {error.strerror}", flush=True)
+
+
+def planned_peak(args: Namespace) -> int | None:
+    """Bytes at once on a GPU of the last pipeline stage; None without one, where a process has
+    more in its memory than tensors."""
+    if not torch.cuda.is_available():
+        return None
+    stage, chunks = list(enumerate(stage_chunks(args)))[-1]
+    return stage_memory(args, on_gpu(args), stage, chunks, exact=False).peak
 
 
 def _is_pictured(iteration: int, last: int) -> bool:

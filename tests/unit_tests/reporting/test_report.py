@@ -92,6 +92,7 @@ def test_charts_have_every_point_of_the_run(run: Run) -> None:
     values = [step["values"]["lm loss"] for step in run.history.steps]
     assert loss[0]["y"] == pytest.approx(values, rel=1e-4)
     assert [line["y"] for line in drawn["norm"]["lines"]] == [1.0]
+    assert drawn["memory"]["lines"] == [{"y": 3.0, "text": "planned"}]
     times = drawn["times"]["traces"]
     of_bucket = run.seconds[20:40]
     assert [t["y"][1] for t in times] == pytest.approx(np.percentile(of_bucket, (50, 90, 99)), 1e-4)
