@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_trinity.arguments.written import NAME as ARGUMENTS
 from megatron_trinity.errors import TrinityError
+from megatron_trinity.reporting.schema import NAME as EVENTS
 from tests.distributed.pool import RankPools
 from tests.steps import recording
 from tests.trainer import run_trainer, training_flags, write_dataset
@@ -59,8 +61,17 @@ def warnings_of(outcome: Outcome) -> list[str]:
     return [line for line in outcome[2].splitlines() if line.startswith("WARNING: skipped")]
 
 
+RECORD = {EVENTS, ARGUMENTS}
+"""Files of a run that go on with every start, whatever becomes of it."""
+
+
+def names(run: Path) -> set[str]:
+    """What is in a run's directory beside its record."""
+    return {path.name for path in run.iterdir()} - RECORD
+
+
 def listing(directory: Path) -> dict[str, tuple[int, str]]:
-    """Each file with its time and its content."""
+    """Each file with its time and its content, but those of the run's record."""
     return {
         str(path.relative_to(directory)): (
             path.lstat().st_mtime_ns,
@@ -69,7 +80,7 @@ def listing(directory: Path) -> dict[str, tuple[int, str]]:
             else hashlib.sha256(path.read_bytes()).hexdigest(),
         )
         for path in sorted(directory.rglob("*"))
-        if path.is_symlink() or path.is_file()
+        if (path.is_symlink() or path.is_file()) and path.name not in RECORD
     }
 
 

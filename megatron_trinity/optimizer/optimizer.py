@@ -75,6 +75,7 @@ class TrinityOptimizer(MegatronOptimizer):
                 unit.keep(*moments)
         self._muon = self._planned_muon(muon_config(config))
         self._steps = 0  # that were applied
+        self._squares: Sequence[float] | None = None
         adamw = self._adamw(config, groups)
         super().__init__(adamw, config)
         muon = [_param_group(group) for group in groups if group.kind == "muon"]
@@ -142,8 +143,19 @@ class TrinityOptimizer(MegatronOptimizer):
 
     def get_grad_norm(self) -> float:
         """Of all parameters of the model, each counted once; the same in every layout."""
-        squares = [squared_norm(*counted) for counted in self._counted_gradients()]
-        return math.hypot(*(square**0.5 for square in torch.cat(squares).tolist()))
+        squares, self._squares = self._squares, None
+        if squares is None:
+            squares = self.gradient_squares().tolist()
+        return math.hypot(*(square**0.5 for square in squares))
+
+    @torch.no_grad()
+    def gradient_squares(self) -> Tensor:
+        """What the norm is made of, `[k]` fp32 on the device; collective."""
+        return torch.cat([squared_norm(*counted) for counted in self._counted_gradients()])
+
+    def squares_read(self, squares: Sequence[float] | None) -> None:
+        """Take them for the next norm, so that the host need not wait for it; None for nothing."""
+        self._squares = squares
 
     def count_zeros(self) -> float:
         """Number of zeros in the gradients of the whole model."""

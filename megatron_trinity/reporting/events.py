@@ -32,6 +32,7 @@ class EventLog:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
+        self.begun = False  # by the rank that writes
         self._lock = threading.Lock()  # a thread that watches writes as well
         self._file: int | None = None
         self._torn, self._missing, self._told = False, 0, False
@@ -126,9 +127,13 @@ def logs_events() -> bool:
 def note(event: Mapping[str, Any]) -> None:
     """Write an event, such as `{"kind": "alarm", "what": "slow rank", ...}`.
 
-    On the rank that writes; does nothing on the others, and in a run without a folder.
+    On the rank that writes; does nothing on the others, in a run without a folder, and before
+    `start`: until its first step a process may be refused, and the folder another run's.
     """
-    if _log is not None and _writes:
+    if _log is None or not _writes:
+        return
+    _log.begun |= event["kind"] == "start"
+    if _log.begun:
         _log.write(event)
 
 

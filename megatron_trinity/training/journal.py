@@ -158,7 +158,7 @@ class Journal:
         self, name: str, of_test: bool, seconds: float, values: Mapping[str, float]
     ) -> None:
         """Behind the evaluation of one set."""
-        iteration = self._args.curr_iteration if self.iteration is None else self.iteration
+        iteration = self._args.curr_iteration + 1 if self.iteration is None else self.iteration
         note(
             {
                 "kind": "evaluation",

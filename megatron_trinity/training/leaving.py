@@ -41,7 +41,7 @@ class Leaving:
         """
         reasons, pending = self._stop.reasons, self._stop.pending
         flags = torch.zeros(len(reasons), dtype=torch.int64, device=torch.cuda.current_device())
-        late = self._is_late()
+        late = self._stop.has_begun and self._is_late()  # a start that was long has a step, too
         for place, reason in enumerate(reasons):
             if reason in pending or (reason == DURATION and late):
                 flags[place] += 1  # a kernel, not a copy that the host would wait for

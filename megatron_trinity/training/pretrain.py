@@ -112,6 +112,8 @@ def _train(args: Namespace, stop: Stop, journal: Journal) -> None:
         set_up_optimizer(args)
         with refusing("the model cannot be configured"):
             model_config = model_config_from_args(args)
+        # An evaluation alone is behind the iteration that was loaded; training counts on by itself.
+        args.curr_iteration = start_of(args, checked) - 1
         model_config.pre_wrap_hooks.append(partial(announce_balance, args))
         step = partial(forward_step, record=record, flops=flops)
         with written_scalars(), watch.watching(), leaving.with_its_code(), slow.own.until_the_end():

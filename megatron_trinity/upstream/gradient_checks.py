@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ ADAPTATION = Adaptation(
     reason=(
         "the host waits for the device twice for the norm of every gradient buffer, in the middle "
         "of the backward pass where they overlap it, and twice more to learn whether another rank "
-        "has a bad one"
+        "has a bad one; and then for the norm of all"
     ),
     written_for="megatron-core 0.19.2",
     remove_when="the rerun machine judges the results of a step when its backward has ended",
@@ -36,6 +37,34 @@ ADAPTATION = Adaptation(
 
 _noted: list[tuple[str, Tensor]] = []
 """Message and norm `[]` of this rank's buffers in the step under way."""
+
+
+class NormOwner(Protocol):
+    """An optimizer that needs the norm of all gradients, and can have it read with the others."""
+
+    def gradient_squares(self) -> Tensor:
+        """`[k]` fp32 on the device, collective: what the norm is made of."""
+
+    def squares_read(self, squares: Sequence[float] | None) -> None:
+        """Take them for the step that follows; None where there are none any more."""
+
+
+_owner: NormOwner | None = None
+
+
+@contextmanager
+def reading_for(optimizer: Any) -> Iterator[None]:
+    """Meanwhile read what `optimizer` makes its norm of as well, if it is a `NormOwner`."""
+    global _owner
+    if not hasattr(optimizer, "gradient_squares"):
+        yield
+        return
+    _owner = optimizer
+    try:
+        yield
+    finally:
+        _owner = None
+        optimizer.squares_read(None)
 
 
 def install() -> None:
@@ -74,7 +103,10 @@ def _judging(should_run: Callable[..., bool]) -> Callable[..., bool]:
         if self.mode != RerunMode.VALIDATE_RESULTS or self.state == RerunState.NOT_RUNNING_YET:
             _noted.clear()
             return should_run(self, data_iterator)
-        norms, bad = read_norms([norm for _, norm in _noted], self.rerun_requested)
+        squares = None if _owner is None else _owner.gradient_squares()
+        norms, bad, read = read_norms([norm for _, norm in _noted], self.rerun_requested, squares)
+        if _owner is not None:
+            _owner.squares_read(read)
         for (where, _), norm in zip(_noted, norms, strict=True):
             self.validate_result(
                 result=norm,
@@ -95,10 +127,12 @@ def _judging(should_run: Callable[..., bool]) -> Callable[..., bool]:
     return judge_first
 
 
-def read_norms(norms: list[Tensor], bad_here: bool) -> tuple[tuple[Tensor, ...], bool]:
+def read_norms(
+    norms: list[Tensor], bad_here: bool, along: Tensor | None = None
+) -> tuple[list[Tensor], bool, list[float]]:
     """This rank's norms on the host, and whether any rank is bad or has one that is not finite.
 
-    Collective over all ranks; the host waits once.
+    Collective over all ranks; the host waits once, for `along`, `[k]` fp32, as well.
     """
     nothing = torch.zeros(1, device=torch.cuda.current_device())
     own = torch.stack(norms).float() if norms else nothing[:0]
@@ -107,8 +141,9 @@ def read_norms(norms: list[Tensor], bad_here: bool) -> tuple[tuple[Tensor, ...],
     if bad_here:
         flag = flag.fill_(math.nan)
     dist.all_reduce(flag)
-    *values, anywhere = torch.cat([own, flag]).cpu()
-    return tuple(values), math.isnan(anywhere)
+    read = torch.cat([own, flag, nothing[:0] if along is None else along]).cpu()
+    values, anywhere, others = read.tensor_split([len(own), len(own) + 1])
+    return list(values), math.isnan(anywhere), others.tolist()
 
 
 def _injects(machine: Any) -> bool:

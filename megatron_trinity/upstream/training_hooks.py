@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_trinity.upstream.gradient_checks import reading_for
 from megatron_trinity.upstream.registry import Adaptation
 from megatron_trinity.upstream.rejected_steps import StepRejected, calling_on_rerun
 from megatron_trinity.upstream.validation_samples import EvaluatedSet, current_set
@@ -153,7 +154,8 @@ def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
         _hooks.step_begins(optimizer)
         rejected = None
         ready = partial(_hooks.gradients_ready, optimizer)
-        with calling_on_rerun(partial(_hooks.step_restarted, model)), _before(optimizer, ready):
+        again = partial(_hooks.step_restarted, model)
+        with reading_for(optimizer), calling_on_rerun(again), _before(optimizer, ready):
             try:
                 result = train_step(*call, **kwargs)
             except StepRejected as rejection:
@@ -169,7 +171,7 @@ def _with_hook(train_step: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def _before(optimizer: Any, ready: Callable[[], None]) -> Iterator[None]:
     """Meanwhile call `ready` before each step of the optimizer."""
-    step = optimizer.step
+    step, of_instance = optimizer.step, vars(optimizer).get("step")
 
     def ready_then_step() -> Any:
         ready()
@@ -180,6 +182,8 @@ def _before(optimizer: Any, ready: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         del optimizer.step
+        if of_instance is not None:  # somebody else's, as of what counts its operations
+            optimizer.step = of_instance
 
 
 def _with_values(training_log: Callable[..., Any]) -> Callable[..., Any]:

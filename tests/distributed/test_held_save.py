@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_trinity.checkpoint.whole.hold import holding
 from megatron_trinity.checkpoint.whole.manifest import MANIFEST
 from megatron_trinity.training.held_save import LAST_WORDS, by_store
-from tests.broken_runs import POINTER, STEPS, Outcome, flags_of, listing, train
+from tests.broken_runs import POINTER, STEPS, Outcome, flags_of, listing, names, train
 from tests.distributed.pool import RankPools
 from tests.distributed.test_launcher import LIMIT, launch
 from tests.trainer import steps_of, training_flags, write_dataset
@@ -103,7 +103,7 @@ def test_a_run_that_waits_and_one_that_needs_nothing(ranks: RankPools, tmp_path:
                 assert not future.done()
                 assert time.monotonic() - began < LIMIT
                 time.sleep(0.05)
-            assert [path.name for path in run.iterdir()] == [".held_1"]
+            assert names(run) == {".held_1"}
         [(code, error, printed)] = future.result()
     assert (code, error) == (0, "")
     [line] = [line for line in printed.splitlines() if "waiting" in line]

@@ -21,6 +21,7 @@ from tests.broken_runs import (
     Outcome,
     flags_of,
     listing,
+    names,
     small_disk,
     train,
     train_whole_and_stopped,
@@ -258,7 +259,8 @@ def test_pretrained_weights_are_verified_as_well(
     ranks: RankPools, folder: Path, run: Path, tmp_path: Path
 ) -> None:
     _flip(run / NEWEST)
-    other = flags_of(folder, tmp_path / "other", "--pretrained-checkpoint", str(run))
+    words = ("--pretrained-checkpoint", str(run), "--verbose-log")
+    other = flags_of(folder, tmp_path / "other", *words)
     outcome = ranks.run(train, other, world_size=1)[0]
     assert outcome[:2] == (0, "")
     (warning,) = warnings_of(outcome)
@@ -278,7 +280,7 @@ def test_what_is_kept(ranks: RankPools, folder: Path, run: Path, background: lis
     flags = [*flags_of(folder, run), *keep, "--save-interval", "2", *background]
     assert ranks.run(train, flags, world_size=1)[0][:2] == (0, "")
     kept = {"iter_0000002", "iter_0000004", POINTER}
-    assert {path.name for path in run.iterdir()} == kept
+    assert names(run) == kept
     after = listing(run)
     assert all(after[name] == before[name] for name in before if name.startswith("iter_0000002"))
     check_whole(run / "iter_0000004", checksums=True)

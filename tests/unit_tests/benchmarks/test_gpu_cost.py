@@ -63,21 +63,28 @@ def counted(tmp_path: Path, *words: str) -> dict[str, Any]:
     return {row["case"]: row for row in json.loads(file.read_text())}
 
 
-def hold_launches(found: dict[str, Any]) -> None:
-    """Not above megatron-core's by more than 5 %."""
+def hold_launches(found: dict[str, Any], behind: int = 46) -> None:
+    """Not above megatron-core's by more than 5 %, and no more than so many behind a step."""
     for part in ("dense layer", "MoE layer, local", "MoE layer, global", "head and loss", "step"):
         row = found[f"{part}, launches"]
         assert row["ours"] <= 1.05 * row["peer"], part
     # Megatron moves its biases among the gradients. Its own grow with the layers: 47 with eight.
-    behind = [found[f"{part}, launches"]["ours"] for part in ("gradients", "behind the step")]
-    assert sum(behind) <= 46
+    parts = ("gradients", "behind the step")
+    assert sum(found[f"{part}, launches"]["ours"] for part in parts) <= behind
+
+
+def hold_syncs_with_muon(found: dict[str, Any]) -> None:
+    """The norm is read with what the rerun machine judges by, and then all that is logged."""
+    assert found["optimizer, host syncs"]["ours"] == 0
+    assert found["behind the step, host syncs"]["ours"] == 2
+    assert found["behind a step with a line in the log, host syncs"]["ours"] == 2
 
 
 @pytest.mark.slow
 def test_what_muon_costs(tmp_path: Path) -> None:
     found = counted(tmp_path, "--optimizer", "muon")
     assert found["optimizer, beside products, launches"]["ratio"] > 3
-    assert found["optimizer, host syncs"]["ours"] == 1
+    hold_syncs_with_muon(found)
     # Bytes of gradients and weights, those of matrices on a border among them.
     for kind in ("reduce_scatter", "all_gather"):
         assert found[f"{kind}, MiB sent"]["ratio"] > 0.95
@@ -87,9 +94,9 @@ def test_what_muon_costs(tmp_path: Path) -> None:
 def test_muon_with_layers_of_transformer_engine(tmp_path: Path) -> None:
     words = ("--optimizer", "muon", "--transformer-impl", "transformer_engine")
     found = counted(tmp_path, *words)
-    hold_launches(found)
+    hold_launches(found, behind=56)  # the norm is among them
     assert found["optimizer, beside products, launches"]["ratio"] > 3
-    assert found["optimizer, host syncs"]["ours"] == 1
+    hold_syncs_with_muon(found)
 
 
 @pytest.mark.te

@@ -86,10 +86,12 @@ def test_only_the_rank_that_writes_notes(tmp_path: Path) -> None:
         note({"kind": "alarm", "what": "a"})
         note_from_here({"kind": "end", "code": 4})
     with logging_events(tmp_path, writes=True):
+        note({"kind": "alarm", "what": "of a process that may be refused"})
+        note(start(0))
         note({"kind": "alarm", "what": "b"})
     with logging_events(None, writes=True):
         note({"kind": "alarm", "what": "c"})
-    assert [event.get("what", event["kind"]) for event in lines(tmp_path)] == ["end", "b"]
+    assert [event.get("what", event["kind"]) for event in lines(tmp_path)] == ["end", "start", "b"]
 
 
 def start(iteration: int, schema: int = SCHEMA) -> dict[str, Any]:

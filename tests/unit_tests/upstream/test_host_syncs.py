@@ -64,7 +64,9 @@ def judged(rank: int, world_size: int, bad: int | None) -> tuple[list[float], bo
 
     norms = [torch.tensor(1.0 + rank), torch.tensor(math.nan if rank == bad else 3e38)]
     with OperationCounter(Places("all")), HostSyncs(Places("all")) as syncs:
-        values, anywhere = read_norms(norms[: 2 - (bad is None and rank)], False)
+        along = torch.tensor([4.0, 0.5])
+        values, anywhere, read = read_norms(norms[: 2 - (bad is None and rank)], False, along)
+        assert read == [4.0, 0.5]
         finite = [float(value) for value in values if value.isfinite()]
     return finite, anywhere, syncs.found.total()
 
