@@ -46,7 +46,7 @@ def test_a_store_that_is_gone_ends_no_rank(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     client = dist.TCPStore("127.0.0.1", server.port, timeout=timedelta(seconds=5))
-    watch = Watch(Namespace(hang_minutes=0, save=None, tensorboard_dir=None), client)
+    watch = Watch(Namespace(hang_minutes=0, run_dir=None, save=None, tensorboard_dir=None), client)
     del server
     watch._store.set("gone", "")  # which the socket still takes
     with pytest.raises(dist.DistNetworkError):
@@ -70,7 +70,7 @@ def test_an_error_that_follows_from_the_end_of_a_rank_is_told_as_that(
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    watch = Watch(Namespace(hang_minutes=0, save=None, tensorboard_dir=None), store)
+    watch = Watch(Namespace(hang_minutes=0, run_dir=None, save=None, tensorboard_dir=None), store)
     monkeypatch.setattr(watch_module, "CAUSE", 0.5)
 
     def fail() -> None:

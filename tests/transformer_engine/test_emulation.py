@@ -176,10 +176,9 @@ def test_adam(te_ranks: RankPools) -> None:
 
 
 def quantized(rank: int, world_size: int) -> None:
-    from transformer_engine.pytorch.constants import TE_DType
-    from transformer_engine.pytorch.tensor import MXFP8Quantizer
+    from transformer_engine.pytorch.tensor import NVFP4Quantizer
 
-    MXFP8Quantizer(TE_DType[torch.float8_e4m3fn])(noise(32, 32))
+    NVFP4Quantizer()(noise(32, 32))
 
 
 def test_what_is_not_emulated_says_so(te_ranks: RankPools) -> None:
