@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_trinity.command_line.parser import command_parser
-from megatron_trinity.command_line.quickstart import add_data_argument, data_flags, require_data
+from megatron_trinity.command_line.quickstart import add_data_argument, data_flags, training_data
 from megatron_trinity.command_line.rows import add_json_argument, make_row, write_rows
 from megatron_trinity.errors import TrinityError, run_command
 
@@ -217,8 +217,7 @@ def parse_arguments() -> Namespace:
         arguments.kills = 1
     if arguments.kills < 1 or arguments.ranks < 2:
         parser.error("--kills has to be at least 1, --ranks 2")
-    arguments.data = arguments.data.resolve()
-    require_data(arguments.data, "data_train.idx")
+    arguments.data = training_data(arguments.data)
     return arguments
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_trinity.command_line.parser import command_parser, require_at_least_one
-from megatron_trinity.command_line.quickstart import add_data_argument, data_flags, require_data
+from megatron_trinity.command_line.quickstart import add_data_argument, data_flags, training_data
 from megatron_trinity.command_line.rows import add_json_argument, make_row, write_rows
 from megatron_trinity.errors import TrinityError, run_command
 
@@ -131,8 +131,7 @@ def parse_arguments() -> Namespace:
     if arguments.quick:
         arguments.pairs = 6
     require_at_least_one("--pairs", arguments.pairs)
-    arguments.data = arguments.data.resolve()
-    require_data(arguments.data, "data_train.idx")
+    arguments.data = training_data(arguments.data)
     return arguments
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_trinity.command_line.parser import command_parser, require_at_least_one
-from megatron_trinity.command_line.quickstart import add_data_argument, data_flags, require_data
+from megatron_trinity.command_line.quickstart import add_data_argument, data_flags, training_data
 from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
 from megatron_trinity.errors import TrinityError, run_command
 
@@ -239,8 +239,7 @@ def parse_arguments() -> Namespace:
     require_at_least_one("--ranks", arguments.ranks)
     if arguments.files and not shutil.which("strace"):
         parser.error("--files needs strace, which is not installed")
-    arguments.data = arguments.data.resolve()
-    require_data(arguments.data, "data_train.idx")
+    arguments.data = training_data(arguments.data)
     return arguments
 
 

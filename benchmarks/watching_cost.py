@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_trinity.command_line.parser import command_parser
-from megatron_trinity.command_line.quickstart import add_data_argument, data_flags, require_data
+from megatron_trinity.command_line.quickstart import add_data_argument, data_flags, training_data
 from megatron_trinity.command_line.rows import Row, add_json_argument, make_row, write_rows
 from megatron_trinity.command_line.single_rank import single_rank_environment
 from megatron_trinity.errors import run_command
@@ -277,8 +277,7 @@ def parse_arguments() -> Namespace:
         arguments.pairs = 12
     if arguments.pairs < 2:
         parser.error("--pairs has to be at least 2")
-    arguments.data = arguments.data.resolve()
-    require_data(arguments.data, "data_train.idx")
+    arguments.data = training_data(arguments.data)
     return arguments
 
 

@@ -18,6 +18,17 @@ def add_data_argument(parser: argparse.ArgumentParser, project: Path) -> None:
     )
 
 
+def training_data(given: Path) -> Path:
+    """`--data` from the root of the file system, if the quickstart has left data to train on there.
+
+    Raises:
+        UsageError: it has not.
+    """
+    data = given.resolve()
+    require_data(data, "data_train.idx")
+    return data
+
+
 def require_data(data: Path, *names: str) -> None:
     """Check that the quickstart has left these files and folders in `data`.
 

@@ -43,15 +43,26 @@ class Buffers:
         return 1 - self.parameters / self.elements
 
 
-def bucket_sizes(args: Namespace, chunks: Sequence[Any], groups: Any) -> list[int | None]:
-    """Of each chunk, as Megatron has them: None without overlap and beyond the first stage."""
-    size = args.ddp_bucket_size or max(40_000_000, 1_000_000 * groups.dp_cp.size())
+def bucket_size(args: Namespace, stage: int, chunk: int, parameters: int) -> int | None:
+    """Elements that Megatron asks of a bucket; None, without overlap and beyond the first chunk of
+    the first stage, for one bucket a buffer.
+
+    Args: parameters: of all chunks of the rank.
+    """
+    if not args.overlap_grad_reduce or stage > 0 or chunk > 0:
+        return None
     if args.ddp_num_buckets:
-        size = (
-            sum(p.numel() for chunk in chunks for p in chunk.parameters()) // args.ddp_num_buckets
-        )
-    first = size if args.overlap_grad_reduce and groups.pp.rank() == 0 else None
-    return [first, *[None] * (len(chunks) - 1)]
+        return int(parameters // args.ddp_num_buckets)
+    of_stage = args.world_size // args.pipeline_model_parallel_size
+    ranks = of_stage // args.tensor_model_parallel_size
+    return args.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
+
+
+def bucket_sizes(args: Namespace, chunks: Sequence[Any], groups: Any) -> list[int | None]:
+    """`bucket_size` of each chunk of a rank."""
+    parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    stage = groups.pp.rank()
+    return [bucket_size(args, stage, number, parameters) for number in range(len(chunks))]
 
 
 def layouts_of_rank(args: Namespace, chunks: list[Any], groups: Any) -> list[Any]:

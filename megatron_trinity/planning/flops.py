@@ -56,27 +56,9 @@ def pairs_of_layers(sizes: ModelSizes, lengths: Sequence[int] | Any) -> tuple[in
     return attended_pairs(lengths), attended_pairs(lengths, sizes.window)
 
 
-def attention_projection_flops(sizes: ModelSizes, tokens: int) -> int:
-    """Queries, gate, keys and values from the hidden state, and the output back to it."""
-    heads = 3 * sizes.num_attention_heads + 2 * sizes.num_query_groups
-    return 2 * tokens * sizes.hidden_size * sizes.head_dim * heads
-
-
 def core_attention_flops(sizes: ModelSizes, pairs: int) -> int:
     """Logits and weighted values, for every query head."""
     return 2 * 2 * pairs * sizes.num_attention_heads * sizes.head_dim
-
-
-def dense_mlp_flops(sizes: ModelSizes, tokens: int) -> int:
-    """Gate, up and down of a dense layer."""
-    return 2 * tokens * 3 * sizes.hidden_size * sizes.ffn_hidden_size
-
-
-def moe_flops(sizes: ModelSizes, tokens: int) -> int:
-    """The router, and gate, up and down of the routed and shared experts that a token sees."""
-    experts = sizes.topk + sizes.num_shared_experts
-    per_token = sizes.num_experts + 3 * experts * sizes.moe_ffn_hidden_size
-    return 2 * tokens * sizes.hidden_size * per_token
 
 
 def lm_head_flops(sizes: ModelSizes, tokens: int) -> int:
@@ -84,43 +66,40 @@ def lm_head_flops(sizes: ModelSizes, tokens: int) -> int:
     return 2 * tokens * sizes.hidden_size * sizes.vocab_size
 
 
-def layer_flops(
+def layer_parts(
     sizes: ModelSizes, kind: LayerKind, tokens: int, global_pairs: int, local_pairs: int
-) -> int:
-    """The forward pass of one decoder layer.
+) -> dict[str, int]:
+    """The forward pass of one decoder layer, by part.
 
     Args:
         tokens: how many go through.
         global_pairs, local_pairs: their `attended_pairs` without a window and with the model's.
     """
-    return (
-        attention_projection_flops(sizes, tokens)
-        + core_attention_flops(sizes, global_pairs if kind.is_global else local_pairs)
-        + (moe_flops(sizes, tokens) if kind.is_moe else dense_mlp_flops(sizes, tokens))
-    )
+    heads, head_dim = sizes.num_attention_heads, sizes.head_dim
+    of_head = 2 * tokens * sizes.hidden_size * head_dim
+    # Of queries and output one for each head, of keys and values one for each group.
+    parts = {PROJECTIONS: 2 * (heads + sizes.num_query_groups) * of_head, GATE: heads * of_head}
+    if kind.is_global:
+        parts[GLOBAL] = core_attention_flops(sizes, global_pairs)
+    else:
+        parts[LOCAL] = core_attention_flops(sizes, local_pairs)
+    # Gate, up and down, for each unit of width.
+    of_width = 2 * tokens * 3 * sizes.hidden_size
+    if kind.is_moe:
+        expert = of_width * sizes.moe_ffn_hidden_size
+        parts[ROUTER] = 2 * tokens * sizes.hidden_size * sizes.num_experts
+        parts[ROUTED] = sizes.topk * expert
+        parts[SHARED] = sizes.num_shared_experts * expert
+    else:
+        parts[DENSE] = of_width * sizes.ffn_hidden_size
+    return parts
 
 
-def stage_flops(
-    sizes: ModelSizes,
-    layers: Iterable[LayerKind],
-    has_lm_head: bool,
-    tokens: int,
-    global_pairs: int,
-    local_pairs: int,
+def layer_flops(
+    sizes: ModelSizes, kind: LayerKind, tokens: int, global_pairs: int, local_pairs: int
 ) -> int:
-    """The forward pass of a pipeline stage. Arguments as in `layer_flops`."""
-    flops = sum(layer_flops(sizes, kind, tokens, global_pairs, local_pairs) for kind in layers)
-    return flops + (lm_head_flops(sizes, tokens) if has_lm_head else 0)
-
-
-def forward_flops(sizes: ModelSizes, tokens: int, global_pairs: int, local_pairs: int) -> int:
-    """The forward pass of the whole model. Arguments as in `layer_flops`."""
-    return stage_flops(sizes, sizes.layer_kinds(), True, tokens, global_pairs, local_pairs)
-
-
-def training_flops(sizes: ModelSizes, tokens: int, global_pairs: int, local_pairs: int) -> int:
-    """Forward and backward pass of the whole model. Arguments as in `layer_flops`."""
-    return (1 + BACKWARD) * forward_flops(sizes, tokens, global_pairs, local_pairs)
+    """The forward pass of one decoder layer. Arguments as in `layer_parts`."""
+    return sum(layer_parts(sizes, kind, tokens, global_pairs, local_pairs).values())
 
 
 def forward_parts(
@@ -131,24 +110,34 @@ def forward_parts(
     global_pairs: int,
     local_pairs: int,
 ) -> dict[str, int]:
-    """The forward pass of layers by part; they sum up to `stage_flops`. Arguments as there."""
-    d, h = sizes.head_dim, sizes.hidden_size
-    of_gate = 2 * tokens * h * sizes.num_attention_heads * d
-    expert = 2 * tokens * 3 * h * sizes.moe_ffn_hidden_size
+    """The forward pass of a pipeline stage, by all `PARTS`. Arguments as in `layer_parts`."""
     parts = dict.fromkeys(PARTS, 0)
     for kind in layers:
-        parts[GATE] += of_gate
-        parts[PROJECTIONS] += attention_projection_flops(sizes, tokens) - of_gate
-        if kind.is_global:
-            parts[GLOBAL] += core_attention_flops(sizes, global_pairs)
-        else:
-            parts[LOCAL] += core_attention_flops(sizes, local_pairs)
-        if kind.is_moe:
-            parts[ROUTER] += 2 * tokens * h * sizes.num_experts
-            parts[ROUTED] += sizes.topk * expert
-            parts[SHARED] += sizes.num_shared_experts * expert
-        else:
-            parts[DENSE] += dense_mlp_flops(sizes, tokens)
+        for part, flops in layer_parts(sizes, kind, tokens, global_pairs, local_pairs).items():
+            parts[part] += flops
     if has_lm_head:
-        parts[HEAD] += lm_head_flops(sizes, tokens)
+        parts[HEAD] = lm_head_flops(sizes, tokens)
     return parts
+
+
+def stage_flops(
+    sizes: ModelSizes,
+    layers: Iterable[LayerKind],
+    has_lm_head: bool,
+    tokens: int,
+    global_pairs: int,
+    local_pairs: int,
+) -> int:
+    """The sum of `forward_parts`."""
+    batch = tokens, global_pairs, local_pairs
+    return sum(forward_parts(sizes, layers, has_lm_head, *batch).values())
+
+
+def forward_flops(sizes: ModelSizes, tokens: int, global_pairs: int, local_pairs: int) -> int:
+    """The forward pass of the whole model. Arguments as in `layer_parts`."""
+    return stage_flops(sizes, sizes.layer_kinds(), True, tokens, global_pairs, local_pairs)
+
+
+def training_flops(sizes: ModelSizes, tokens: int, global_pairs: int, local_pairs: int) -> int:
+    """Forward and backward pass of the whole model. Arguments as in `layer_parts`."""
+    return (1 + BACKWARD) * forward_flops(sizes, tokens, global_pairs, local_pairs)

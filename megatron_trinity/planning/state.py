@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_trinity.optimizer.layout import parameter_layout
+from megatron_trinity.planning.buffers import bucket_size
 from megatron_trinity.planning.rank_parameters import (
     RankParameter,
     chunk_parameters,
@@ -79,20 +80,6 @@ def data_ranks(args: Namespace) -> DataRanks:
 def is_sharded(args: Namespace) -> bool:
     """Whether data-parallel ranks share optimizer state."""
     return bool(args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer)
-
-
-def bucket_size(args: Namespace, stage: int, chunk: int, parameters: int) -> int | None:
-    """Elements that Megatron asks of a bucket; None for one bucket a buffer.
-
-    Args: parameters: of all chunks of the rank.
-    """
-    if not args.overlap_grad_reduce or stage > 0 or chunk > 0:
-        return None
-    if args.ddp_num_buckets:
-        return int(parameters // args.ddp_num_buckets)
-    of_stage = args.world_size // args.pipeline_model_parallel_size
-    ranks = of_stage // args.tensor_model_parallel_size
-    return args.ddp_bucket_size or max(40_000_000, 1_000_000 * ranks)
 
 
 def copies_in_fp8(args: Namespace, parameters: Counter[RankParameter]) -> int:

@@ -98,11 +98,12 @@ def _train(args: Namespace, stop: Stop, journal: Journal) -> None:
     store = launch_store(args.distributed_timeout_minutes)
     with following(stop, store), held_save(args, store) as held, finished_saves():
         checked = check_checkpoint(args)
-        check_profile(args, start_of(args, checked))
+        start = start_of(args, checked)
+        check_profile(args, start)
         check_progress(args)
         leave_out_noted(args)
         if args.rank == 0:
-            print_opening(opening(args, data, start_of(args, checked)))
+            print_opening(opening(args, data, start))
         record, flops = MicroBatchRecord(), StepFlops(args)
         set_flop_counter(flops)
         leaving, watch, slow = Leaving(args, stop), Watch(args, store), SlowRanks(args)
@@ -113,7 +114,7 @@ def _train(args: Namespace, stop: Stop, journal: Journal) -> None:
         with refusing("the model cannot be configured"):
             model_config = model_config_from_args(args)
         # An evaluation alone is behind the iteration that was loaded; training counts on by itself.
-        args.curr_iteration = start_of(args, checked) - 1
+        args.curr_iteration = start - 1
         model_config.pre_wrap_hooks.append(partial(announce_balance, args))
         step = partial(forward_step, record=record, flops=flops)
         with written_scalars(), watch.watching(), leaving.with_its_code(), slow.own.until_the_end():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.paths import ROOT
@@ -39,10 +40,15 @@ def offline(home: Path) -> dict[str, str]:
 
 def client(python: Path, home: Path, *words: str | Path) -> str:
     """What a command prints that runs offline, in the environment of the clients."""
+    return printed(python, *words, cwd=ROOT / "tests/clients", env=offline(home))
+
+
+def printed(*words: str | Path, cwd: Path, env: Mapping[str, str]) -> str:
+    """What a command prints that has to end well."""
     done = subprocess.run(
-        [python, *words],
-        cwd=ROOT / "tests/clients",
-        env=offline(home),
+        words,
+        cwd=cwd,
+        env=env,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

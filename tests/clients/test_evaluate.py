@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from transformers import AfmoeForCausalLM, AutoTokenizer
 
-from tests.clients.exports import CONFIG, LIMIT, offline
+from tests.clients.exports import CONFIG, offline, printed
 from tests.paths import ROOT
 
 ROWS = 2
@@ -20,18 +19,9 @@ ROWS = 2
 
 def evaluate(tmp_path: Path, hf: Path, *flags: str, **settings: str) -> str:
     """What `examples/evaluate.sh` prints, offline."""
-    done = subprocess.run(
-        ["bash", "examples/evaluate.sh", *flags],
-        cwd=ROOT,
-        env={**offline(tmp_path), "HF": str(hf), "OUT": str(tmp_path / "out"), **settings},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    settings = {"HF": str(hf), "OUT": str(tmp_path / "out"), **settings}
+    environment = {**offline(tmp_path), **settings}
+    return printed("bash", "examples/evaluate.sh", *flags, cwd=ROOT, env=environment)
 
 
 class Reference:
