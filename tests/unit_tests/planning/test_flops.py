@@ -11,10 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_trinity.planning.flops import (
+    DENSE,
+    GATE,
+    GLOBAL,
+    LOCAL,
+    PROJECTIONS,
+    ROUTED,
+    ROUTER,
+    SHARED,
     attended_pairs,
     core_attention_flops,
     forward_flops,
     layer_flops,
+    layer_parts,
     stage_flops,
     training_flops,
 )
@@ -100,6 +109,29 @@ def test_a_layer_is_the_sum_of_its_products(name: str, is_global: bool, is_moe: 
     # A logit is a product of two vectors of a head, and so is its share of the weighted values.
     expected += pairs[is_global] * sizes.num_attention_heads * 2 * (2 * sizes.head_dim)
     assert layer_flops(sizes, kind, tokens, pairs[True], pairs[False]) == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parts_of_a_layer(name: str) -> None:
+    sizes, tokens = PRESETS[name].sizes, 4096
+    d, queries = sizes.hidden_size, sizes.num_attention_heads * sizes.head_dim
+    found = layer_parts(sizes, LayerKind(is_global=True, is_moe=True), tokens, 1000, 10)
+    expert = 3 * 2 * tokens * d * sizes.moe_ffn_hidden_size
+    assert found == {
+        PROJECTIONS: 2 * tokens * d * 2 * (queries + sizes.num_query_groups * sizes.head_dim),
+        GATE: 2 * tokens * d * queries,
+        GLOBAL: 1000 * 2 * 2 * queries,
+        ROUTER: 2 * tokens * d * sizes.num_experts,
+        ROUTED: sizes.topk * expert,
+        SHARED: sizes.num_shared_experts * expert,
+    }
+    dense = layer_parts(sizes, LayerKind(is_global=False, is_moe=False), tokens, 1000, 10)
+    assert dense == {
+        PROJECTIONS: found[PROJECTIONS],
+        GATE: found[GATE],
+        LOCAL: 10 * 2 * 2 * queries,
+        DENSE: 3 * 2 * tokens * d * sizes.ffn_hidden_size,
+    }
 
 
 def test_stages_add_up_to_the_model() -> None:
