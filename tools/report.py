@@ -7,7 +7,6 @@ file, which needs no network; several runs stand in it side by side.
 
 from __future__ import annotations
 
-import os
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -43,13 +42,13 @@ def parse_arguments() -> Namespace:
 def write_page(folders: list[Path], out: Path, refresh: float | None) -> None:
     from megatron_trinity.reporting.report import page
     from megatron_trinity.reporting.run import open_runs
+    from megatron_trinity.upstream.checkpoint_tracker import replacing
 
     text = page(open_runs(folders), refresh)
-    beside = out.with_name(f".{out.name}.new")  # a browser may be reading
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, out)
+        with replacing(out) as file:  # a browser may be reading
+            file.write(text)
     except OSError as error:
         raise TrinityError(f"{out} cannot be written: {error.strerror}") from error
 
@@ -77,20 +76,12 @@ def _changed(folder: Path) -> float:
 
 def say(folders: list[Path]) -> None:
     """Print each run as a table."""
-    import sys
-
-    from megatron_trinity.reporting.console import table_lines
+    from megatron_trinity.reporting.console import print_rows
     from megatron_trinity.reporting.run import open_runs
     from megatron_trinity.reporting.summary import summary
 
     for run in open_runs(folders):
-        rows = summary(run)
-        if not sys.stdout.isatty():
-            print("\n".join(table_lines(run.name, rows)))
-            continue
-        from megatron_trinity.tables import print_table
-
-        print_table(run.name, ("", ""), rows.items())
+        print_rows(run.name, summary(run))
 
 
 def main() -> None:

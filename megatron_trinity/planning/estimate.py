@@ -17,7 +17,11 @@ from megatron_trinity.planning.flops import (
 )
 from megatron_trinity.planning.kernels import Kernels
 from megatron_trinity.planning.machines import Assumptions, Machine
-from megatron_trinity.planning.rank_parameters import RankParameter, optimizer_kinds
+from megatron_trinity.planning.rank_parameters import (
+    RankParameter,
+    matrix_width,
+    optimizer_kinds,
+)
 from megatron_trinity.planning.schedule import idle_share, micro_batches
 from megatron_trinity.planning.sizes import ModelSizes
 from megatron_trinity.planning.stages import Chunk, stage_chunks, unlike_stages
@@ -244,16 +248,5 @@ def _optimizer(args: Namespace, state: StageState, machine: Machine, assumed: As
 
 def _iteration(args: Namespace, parameter: RankParameter, steps: int) -> float:
     """FLOPs of Newton-Schulz for the matrices in a rank's part of a parameter."""
-    h = args.hidden_size
-    rows, columns = parameter.shape
-    if parameter.group == "attention":
-        width = args.num_attention_heads * args.kv_channels
-        matrices = rows * columns / (width * h)
-        return float(matrices * newton_schulz_flops(h, width, steps))
-    if parameter.group == "router":
-        return float(newton_schulz_flops(rows, columns, steps))
-    width = args.moe_ffn_hidden_size
-    if parameter.group == "dense":
-        tensor = args.tensor_model_parallel_size
-        width = tensor * (rows // 2 if columns == h else columns)
-    return float(rows * columns / (width * h) * newton_schulz_flops(h, width, steps))
+    h, width = args.hidden_size, matrix_width(args, parameter)
+    return parameter.numel / (width * h) * newton_schulz_flops(h, width, steps)

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from megatron_trinity.optimizer.muon import BATCH_ELEMENTS, BATCH_SHARE
 from megatron_trinity.planning.activations import Activations, recomputed_modules
 from megatron_trinity.planning.kernels import Kernels
-from megatron_trinity.planning.rank_parameters import RankParameter, optimizer_kinds
+from megatron_trinity.planning.rank_parameters import (
+    RankParameter,
+    matrix_width,
+    optimizer_kinds,
+)
 from megatron_trinity.planning.schedule import Moment, passes
 from megatron_trinity.planning.sizes import LayerKind
 from megatron_trinity.planning.stages import Chunk, stage_chunks, unlike_stages
@@ -162,21 +166,6 @@ def muon_work(args: Namespace, parameters: Counter[RankParameter]) -> int:
         total = sum(parameters[p] * p.numel for p in held)
         limit = min(total // shards // BATCH_SHARE, BATCH_ELEMENTS)
         for parameter in held:
-            matrix = max(_matrix(args, parameter), 1)
+            matrix = args.hidden_size * matrix_width(args, parameter)
             largest = max(largest, max(1, limit // matrix) * matrix)
     return MUON_TEMPORARIES * FP32 * largest
-
-
-def _matrix(args: Namespace, parameter: RankParameter) -> int:
-    """Elements of the largest matrix in a parameter, whole."""
-    h = args.hidden_size
-    widths = {
-        "attention": args.num_attention_heads * args.kv_channels,
-        "experts": args.moe_ffn_hidden_size,
-        "router": args.num_experts,
-    }
-    if parameter.group == "dense":  # of a dense layer or of shared experts
-        rows, columns = parameter.shape
-        width = rows // 2 if columns == h else columns
-        return int(width * args.tensor_model_parallel_size * h)
-    return int(widths[parameter.group] * h)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_trinity.planning.activations import recomputed_modules
-from megatron_trinity.planning.flops import forward_parts, pairs_of_layers
+from megatron_trinity.planning.flops import BACKWARD, forward_parts, pairs_of_layers
 from megatron_trinity.planning.layout_check import describe
 from megatron_trinity.planning.memory import StageMemory
 from megatron_trinity.planning.plan import Plan
@@ -94,8 +94,9 @@ def _flops(plan: Plan) -> list[tuple[str, str]]:
     found = forward_parts(
         sizes, sizes.layer_kinds(), True, length, *pairs_of_layers(sizes, [length])
     )
-    rows = [(part, f"{3 * count / length / 1e6:,.1f}") for part, count in found.items()]
-    return [*rows, ("all", f"{3 * sum(found.values()) / length / 1e6:,.1f}")]
+    found["all"] = sum(found.values())
+    passes = 1 + BACKWARD
+    return [(part, f"{passes * n / length / 1e6:,.1f}") for part, n in found.items()]
 
 
 def _time_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -115,10 +116,9 @@ def _time_rows(plan: Plan) -> list[tuple[str, str]]:
 
 def length_lines(plan: Plan) -> list[str]:
     """Speed, and what the run takes, or 10^12 tokens of it where its length is not given."""
-    time, args = plan.time, plan.args
-    tokens, what = run_tokens(plan)
-    seconds = tokens / time.tokens_per_second
-    days, hours = seconds / (24 * HOURS), seconds * args.world_size / HOURS
+    time = plan.time
+    _, what = run_tokens(plan)
+    days, hours = run_times(plan)
     return [
         f"{time.tokens_per_second:,.0f} tokens/s, MFU {100 * time.mfu:.1f} % of "
         f"{plan.goal.machine.bf16 / 1e12:g} TFLOP/s in bf16",
@@ -136,6 +136,13 @@ def run_tokens(plan: Plan) -> tuple[int, str]:
     else:
         return 10**12, "10^12 tokens"
     return tokens, f"the run's {tokens:.4g} tokens"
+
+
+def run_times(plan: Plan) -> tuple[float, float]:
+    """Days of the run, and hours of all its GPUs."""
+    tokens, _ = run_tokens(plan)
+    hours = tokens / plan.time.tokens_per_second / HOURS
+    return hours / 24, hours * plan.args.world_size
 
 
 def print_beside(one: Plan, other: Plan, change: str) -> None:
@@ -168,7 +175,7 @@ def _figures(plan: Plan) -> list[tuple[str, float]]:
 def as_json(plan: Plan) -> dict[str, Any]:
     """Everything that is printed, in bytes and seconds."""
     tokens, _ = run_tokens(plan)
-    seconds = tokens / plan.time.tokens_per_second
+    days, gpu_hours = run_times(plan)
     return {
         "command": command(plan),
         "fits": plan.fits,
@@ -195,9 +202,5 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "tokens_per_second": plan.time.tokens_per_second,
             "mfu": plan.time.mfu,
         },
-        "run": {
-            "tokens": tokens,
-            "days": seconds / (24 * HOURS),
-            "gpu_hours": seconds * plan.args.world_size / HOURS,
-        },
+        "run": {"tokens": tokens, "days": days, "gpu_hours": gpu_hours},
     }

@@ -103,6 +103,20 @@ def optimizer_kinds(args: Namespace) -> dict[str, str]:
     return {rule.name: rule.kind or args.router_optimizer for rule in RULES}
 
 
+def matrix_width(args: Namespace, parameter: RankParameter) -> int:
+    """The size beside h of the largest matrix that Muon finds in a parameter, over all ranks."""
+    if parameter.group == "dense":  # of a dense layer or of shared experts
+        rows, columns = parameter.shape
+        width = rows // 2 if columns == args.hidden_size else columns
+        return int(width * args.tensor_model_parallel_size)
+    widths = {
+        "attention": args.num_attention_heads * args.kv_channels,
+        "experts": args.moe_ffn_hidden_size,
+        "router": args.num_experts,
+    }
+    return int(widths[parameter.group])
+
+
 def meta_parameters(args: Namespace, parameters: list[RankParameter]) -> list[Any]:
     """The same as torch has them, on the meta device, with the marks that buffers go by.
 

@@ -14,6 +14,8 @@ from datetime import timedelta
 from statistics import fmean
 from typing import TYPE_CHECKING, TextIO
 
+from megatron_trinity.tables import print_table
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -147,6 +149,14 @@ def table_lines(title: str, rows: Mapping[str, str]) -> list[str]:
         lines += [f"  {label:<{wide}}{part}" for label, part in zip([name], parts, strict=False)]
         lines += [f"  {'':<{wide}}{part}" for part in parts[1:]]
     return lines
+
+
+def print_rows(title: str, rows: Mapping[str, str]) -> None:
+    """Print such a table: drawn on a terminal, in plain lines elsewhere."""
+    if sys.stdout.isatty():
+        print_table(title, ("", ""), rows.items())
+    else:
+        print("\n".join(table_lines(title, rows)), flush=True)
 
 
 STYLES = {"step": "", "header": "dim", "evaluated": "cyan", "saved": "green", "done": "bold"}

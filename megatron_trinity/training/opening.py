@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +13,7 @@ from megatron_trinity.data.run_data import RunData
 from megatron_trinity.planning.lines import planned_memory
 from megatron_trinity.planning.parameters import active_parameters, total_parameters
 from megatron_trinity.planning.sizes import ModelSizes
-from megatron_trinity.reporting.console import digits, table_lines
+from megatron_trinity.reporting.console import digits
 from megatron_trinity.reporting.schema import NAME as EVENTS
 from megatron_trinity.training.balance import balance_rule
 from megatron_trinity.training.watch import run_folder
@@ -47,21 +45,6 @@ def opening(args: Namespace, data: RunData | None, start: int) -> dict[str, str]
         "software": _software(),
     }
     return {name: text for name, text in rows.items() if text}
-
-
-def print_opening(rows: Mapping[str, str]) -> None:
-    """Print it: drawn on a terminal, in plain lines elsewhere."""
-    if not sys.stdout.isatty():
-        print("\n".join(table_lines("Trinity", rows)), flush=True)
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="Trinity", title_justify="left", show_header=False)
-    for name, text in rows.items():
-        table.add_row(Text(name, "bold"), Text(text))
-    Console().print(table)
 
 
 def _model(args: Namespace) -> str:

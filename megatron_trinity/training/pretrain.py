@@ -26,6 +26,7 @@ from megatron_trinity.data.run_data import run_data
 from megatron_trinity.data.sources import check_data, check_manifests
 from megatron_trinity.errors import StepError, UsageError
 from megatron_trinity.model.config import model_config_from_args
+from megatron_trinity.reporting.console import print_rows
 from megatron_trinity.training.balance import announce_balance
 from megatron_trinity.training.checkpoints import WholeCheckpoints
 from megatron_trinity.training.data_given import note_data
@@ -39,7 +40,7 @@ from megatron_trinity.training.leaving import Leaving
 from megatron_trinity.training.load_paths import goes_on_in_save
 from megatron_trinity.training.micro_batches import MicroBatchRecord
 from megatron_trinity.training.observer import StepObserver
-from megatron_trinity.training.opening import opening, print_opening
+from megatron_trinity.training.opening import opening
 from megatron_trinity.training.optimizer import container_from_args, set_up_optimizer
 from megatron_trinity.training.own_time import OwnTime
 from megatron_trinity.training.profiles import check_profile
@@ -103,7 +104,7 @@ def _train(args: Namespace, stop: Stop, journal: Journal) -> None:
         check_progress(args)
         leave_out_noted(args)
         if args.rank == 0:
-            print_opening(opening(args, data, start))
+            print_rows("Trinity", opening(args, data, start))
         record, flops = MicroBatchRecord(), StepFlops(args)
         set_flop_counter(flops)
         leaving, watch, slow = Leaving(args, stop), Watch(args, store), SlowRanks(args)

@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
     """Write a text file so that `path` has either its old content or the whole new one."""
     beside = path.with_name(f".{path.name}.new")
     try:
-        with open(beside, "w") as stream:
+        with open(beside, "w", encoding="utf-8") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

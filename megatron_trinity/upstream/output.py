@@ -20,7 +20,6 @@ _MODULES = (
     "megatron.training.global_vars",
     "megatron.training.initialize",
     "megatron.training.models.dist_utils",
-    "megatron.training.theoretical_memory_usage",
     "megatron.training.training",
     "megatron.training.utils.common_utils",
     "megatron.core.datasets.blended_megatron_dataset_builder",
@@ -34,8 +33,8 @@ ADAPTATION = Adaptation(
         "megatron.training.utils.common_utils.print_rank_last",
     ),
     reason=(
-        "a start prints about 900 lines, each argument by itself, and a step 350 characters and "
-        "memory estimates that leave experts out; none of it can be turned off"
+        "a start prints about 900 lines, each argument by itself, and a step 350 characters; none "
+        "of it can be turned off"
     ),
     written_for="megatron-core 0.19.2",
     remove_when="Megatron logs through loggers with levels",
