@@ -105,7 +105,7 @@ def _put_back() -> None:
     from megatron_trinity.arguments import presets
 
     global_vars.build_tokenizer = global_vars.build_tokenizer.__wrapped__
-    presets._LOADER = yaml.SafeLoader
+    presets.LOADER = yaml.SafeLoader
 
 
 def _mark_within(pretrain: Any, mark: Marker) -> None:

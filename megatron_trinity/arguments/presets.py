@@ -11,10 +11,9 @@ import yaml
 
 from megatron_trinity.errors import UsageError
 from megatron_trinity.model.architecture import FIXED
+from megatron_trinity.yaml_loader import LOADER
 
 BLOCKS = ("megatron", "trinity")
-# libyaml's is thirty times as fast, which each start of each rank waits for.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FILES = resources.files("megatron_trinity") / "presets"
 
 
@@ -49,7 +48,7 @@ def load_preset(name_or_path: str) -> dict[str, dict[str, Any]]:
             "or give the path of a YAML file"
         )
     try:
-        preset = yaml.load(text, _LOADER)
+        preset = yaml.load(text, LOADER)
     except yaml.YAMLError as error:
         raise UsageError(
             f"preset {name_or_path} is not YAML: {' '.join(str(error).split())}"

@@ -27,6 +27,7 @@ from megatron_trinity.data.corpus import Part
 from megatron_trinity.data.length_bias import LengthBias
 from megatron_trinity.data.packings import PACKINGS
 from megatron_trinity.errors import UsageError
+from megatron_trinity.yaml_loader import LOADER
 
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -114,10 +115,7 @@ def read_description(path: str | Path) -> Description:
         raise UsageError(f"--data {path}: {error}") from error
 
 
-_Parser: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is several times as fast
-
-
-class _Loader(_Parser):
+class _Loader(LOADER):
     """Refuses a key that stands twice, of which YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -34,15 +34,21 @@ def fused_gradient(
     return result
 
 
+def within(logits: Tensor, target: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """`[n]`: a column of `logits`, the target's if it has one, and whether it has none."""
+    column = target - first
+    here = column.clamp(0, logits.size(-1) - 1)
+    return here, here != column
+
+
 def logit_statistics(logits: Tensor, target: Tensor, first: int) -> Tensor:
     """`[4, n]` fp32."""
     x = logits.float()
     largest = x.amax(-1)
     exp_sum = (x - largest.unsqueeze(-1)).exp().sum(-1)
-    column = target - first
-    here = column.clamp(0, x.size(-1) - 1)
+    here, elsewhere = within(logits, target, first)
     of_target = logits.gather(-1, here.unsqueeze(-1)).squeeze(-1).float()
-    of_target = torch.where(here == column, of_target, 0.0)
+    of_target = of_target.masked_fill(elsewhere, 0.0)
     return torch.stack([largest, exp_sum, of_target, x.sum(-1)])
 
 

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_trinity.model import compiling
-from megatron_trinity.model.fused_loss import fused_gradient, fused_statistics, is_fused
+from megatron_trinity.model.fused_loss import fused_gradient, fused_statistics, is_fused, within
 from megatron_trinity.model.weight_gradient import WeightGradient
 
 BYTES_AT_ONCE = 850 * 2**20
@@ -219,7 +219,7 @@ def statistics(
     """
     x = logits.to(dtype)
     del logits
-    here, elsewhere = _within(x, target, first)
+    here, elsewhere = within(x, target, first)
     result = x.new_empty(4, len(x))
     largest, exp_sum, of_target, logit_sum = result
     torch.amax(x, -1, out=largest)
@@ -265,15 +265,8 @@ def gradient(x: Tensor, factors: Tensor, both: Tensor, target: Tensor, first: in
         target: `[n]` int64, indices into the whole vocabulary.
         first: index of the block's first logit.
     """
-    here, elsewhere = _within(x, target, first)
+    here, elsewhere = within(x, target, first)
     of_cross_entropy, of_log_sum_exp = both
     of_target = -of_cross_entropy.masked_fill(elsewhere, 0)
     x.mul_(((of_cross_entropy + of_log_sum_exp) * factors).unsqueeze(-1))
     return x.scatter_add_(-1, here.unsqueeze(-1), of_target.unsqueeze(-1))
-
-
-def _within(logits: Tensor, target: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """`[n]`: a column of `logits`, the target's if it has one, and whether it has none."""
-    column = target - first
-    here = column.clamp(0, logits.size(-1) - 1)
-    return here, here != column

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_trinity.reporting.names import MEMORY, SPEED, THROUGHPUT
 from megatron_trinity.reporting.run import Curve, Run
 from megatron_trinity.reporting.series import (
     buckets,
@@ -62,14 +63,12 @@ CHARTS = (
         {"learning-rate": "muon, or the only one", "adamw learning rate": "adamw"},
     ),
     Chart("norm", "Gradient norm", "", {"grad-norm": "norm"}, smooth=True, log=True),
-    Chart(
-        "speed", "Tokens per second", "tokens/s", {"tokens per second": "all ranks"}, smooth=True
-    ),
+    Chart("speed", "Tokens per second", "tokens/s", {SPEED: "all ranks"}, smooth=True),
     Chart(
         "throughput",
         "Throughput",
         "TFLOP/s a GPU or process",
-        {"throughput per GPU (TFLOP/s/GPU)": "throughput"},
+        {THROUGHPUT: "throughput"},
         smooth=True,
     ),
     Chart(
@@ -88,7 +87,7 @@ CHARTS = (
         smooth=True,
     ),
     Chart("logits", "Logits of the LM head", "", {"max logit": "largest", "mean logit": "mean"}),
-    Chart("memory", "Peak memory", "GiB", {"peak memory (GiB)": "the last rank"}),
+    Chart("memory", "Peak memory", "GiB", {MEMORY: "the last rank"}),
 )
 
 

@@ -12,12 +12,19 @@ import math
 import os
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_trinity.reporting.schema import NAME
+
+
+def run_folder(args: Namespace) -> Path | None:
+    """Where a run keeps what is to be read when it has ended."""
+    folder = args.run_dir or args.save or args.tensorboard_dir
+    return None if folder is None else Path(folder)
 
 
 class EventLog:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SPEED, MEMORY = "tokens per second", "peak memory (GiB)"
+THROUGHPUT = "throughput per GPU (TFLOP/s/GPU)"
+
 
 @dataclass(frozen=True)
 class Name:
@@ -30,12 +33,12 @@ NAMES: tuple[Name, ...] = (
     Name("loss-scale", "1 without --fp16"),
     Name("params-norm", "of all weights, with --log-params-norm"),
     Name("num-zeros", "zeros among the gradients, with --log-num-zeros-in-grad"),
-    Name("tokens per second", "over all ranks"),
+    Name(SPEED, "over all ranks"),
     Name(
-        "throughput per GPU (TFLOP/s/GPU)",
+        THROUGHPUT,
         "of a GPU or process; in TensorBoard and W&B with --log-throughput",
     ),
-    Name("peak memory (GiB)", "of the last rank; on a CPU that of the process"),
+    Name(MEMORY, "of the last rank; on a CPU that of the process"),
     Name("max violation", "MaxVio of the worst layer: (most tokens of an expert - mean) / mean"),
     Name("min violation", "the same of the least tokens"),
     Name("mean violation", "mean distance from the mean, over layers"),

@@ -6,6 +6,7 @@ import numpy as np
 
 from megatron_trinity.reporting.console import digits, time_left
 from megatron_trinity.reporting.goodput import goodput
+from megatron_trinity.reporting.names import MEMORY, SPEED, THROUGHPUT
 from megatron_trinity.reporting.report import facts
 from megatron_trinity.reporting.run import Run
 from megatron_trinity.reporting.series import window_of
@@ -22,11 +23,11 @@ def summary(run: Run) -> dict[str, str]:
     for name, (iterations, values) in run.evaluations().items():
         rows[f"{name} loss"] = f"{values[-1]:.5g} at {iterations[-1]:,}"
     rows["gradient norm"] = _newest(run, "grad-norm")
-    rows["tokens/s"] = _newest(run, "tokens per second")
-    rows["TFLOP/s"] = _newest(run, "throughput per GPU (TFLOP/s/GPU)")
+    rows["tokens/s"] = _newest(run, SPEED)
+    rows["TFLOP/s"] = _newest(run, THROUGHPUT)
     median, most, almost = map(digits, np.percentile(run.seconds, (50, 95, 99)))
     rows["step time"] = f"median {median} s, 95 % within {most} s, 99 % within {almost} s"
-    rows["memory, GiB"] = _newest(run, "peak memory (GiB)")
+    rows["memory, GiB"] = _newest(run, MEMORY)
     rows["MaxVio"] = _violation(run)
     rows["unused experts"] = _newest(run, "unused experts")
     parts = goodput(run.history)

@@ -31,10 +31,9 @@ from megatron_trinity.planning.parameters import active_parameters, total_parame
 from megatron_trinity.planning.sizes import ModelSizes
 from megatron_trinity.planning.stages import stage_chunks
 from megatron_trinity.reporting.console import StepConsole, StepValues, digits
-from megatron_trinity.reporting.events import logging_events, logs_events, note
+from megatron_trinity.reporting.events import logging_events, logs_events, note, run_folder
 from megatron_trinity.reporting.schema import SCHEMA
 from megatron_trinity.training.data_given import WRITTEN
-from megatron_trinity.training.watch import run_folder
 from megatron_trinity.upstream.checkpoint_tracker import replacing
 
 PICTURES = 100

@@ -9,10 +9,9 @@ import torch
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.training import get_args, get_timers
 
-GIB = 2**30
+from megatron_trinity.reporting.names import MEMORY, SPEED, THROUGHPUT
 
-SPEED, MEMORY = "tokens per second", "peak memory (GiB)"
-THROUGHPUT = "throughput per GPU (TFLOP/s/GPU)"
+GIB = 2**30
 
 
 def tokens_per_step() -> int:
@@ -42,12 +41,8 @@ class StepMetrics:
         self.seconds = 0.0
 
     def step_ended(self) -> dict[str, float]:
-        """Look at the clock; the values of the step."""
+        """The values of one step."""
         self.seconds = self._interval() - self._elapsed
-        return self.values()
-
-    def values(self) -> dict[str, float]:
-        """Of the step that has ended."""
         values = {SPEED: self._tokens() / self.seconds}
         if self._flops is not None:
             values[THROUGHPUT] = self._flops() / self.seconds / 1e12

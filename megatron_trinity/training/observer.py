@@ -19,6 +19,7 @@ from megatron_trinity.errors import TrinityError
 from megatron_trinity.moe.metrics import LoadMetrics, by_layer, load_metrics, summary
 from megatron_trinity.reporting.console import StepValues
 from megatron_trinity.reporting.events import alarm, note
+from megatron_trinity.reporting.names import MEMORY, THROUGHPUT
 from megatron_trinity.training.alarm import Alarms
 from megatron_trinity.training.balance import (
     StepBalance,
@@ -36,12 +37,7 @@ from megatron_trinity.training.flops import StepFlops
 from megatron_trinity.training.host import on_host
 from megatron_trinity.training.journal import Journal
 from megatron_trinity.training.leaving import Leaving
-from megatron_trinity.training.metrics import (
-    MEMORY,
-    THROUGHPUT,
-    StepMetrics,
-    tokens_per_step,
-)
+from megatron_trinity.training.metrics import StepMetrics, tokens_per_step
 from megatron_trinity.training.micro_batches import MicroBatchRecord, step_values
 from megatron_trinity.training.planned import PlanCheck
 from megatron_trinity.training.slow_ranks import SlowRanks, ranks_line
@@ -93,6 +89,7 @@ class StepObserver:
         self._guard = StepGuard(args)
         self._spikes = Spikes(args)
         self._speed = StepMetrics(flops_per_gpu=lambda: flops.newest / args.world_size)
+        self._speeds: dict[str, float] = {}
         self._alarms = Alarms(args.alarm_window)
         self._plan = PlanCheck(args)
         self._losses: dict[str, float] = {}
@@ -170,11 +167,11 @@ class StepObserver:
 
     def values(self) -> Mapping[str, float]:
         """What goes into Megatron's line; the losses too, which have been read already."""
-        self._speed.step_ended()
-        speed = self._speed.values()
+        self._speeds = self._speed.step_ended()
+        logged = dict(self._speeds)
         if not self._args.log_throughput:
-            speed.pop(THROUGHPUT)
-        return {**self._losses, **self._sequence_loss, **speed}
+            logged.pop(THROUGHPUT)
+        return {**self._losses, **self._sequence_loss, **logged}
 
     def log_written(self, logged: Mapping[str, float]) -> None:
         """Tell of the step, and write the line beneath Megatron's, where it has written one."""
@@ -229,7 +226,7 @@ class StepObserver:
             self._journal.evaluated(of_set.name, of_set.of_test, seconds, told)
 
     def _tell(self, journal: Journal, logged: Mapping[str, float]) -> None:
-        speed = self._speed.values()
+        speed = self._speeds
         seconds = self._speed.seconds
         violation = None
         metrics, loads = None, None

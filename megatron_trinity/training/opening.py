@@ -14,9 +14,9 @@ from megatron_trinity.planning.lines import planned_memory
 from megatron_trinity.planning.parameters import active_parameters, total_parameters
 from megatron_trinity.planning.sizes import ModelSizes
 from megatron_trinity.reporting.console import digits
+from megatron_trinity.reporting.events import run_folder
 from megatron_trinity.reporting.schema import NAME as EVENTS
 from megatron_trinity.training.balance import balance_rule
-from megatron_trinity.training.watch import run_folder
 from megatron_trinity.upstream.adaptations import needed_adaptations
 from megatron_trinity.upstream.version import installed_megatron_core
 

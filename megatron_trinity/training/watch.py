@@ -15,14 +15,13 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_trinity import exits
 from megatron_trinity.checkpoint.whole.owner import Owner, this_process
 from megatron_trinity.errors import OF_THIS_RANK, Stopped, TrinityError, root_cause
-from megatron_trinity.reporting.events import note_from_here
+from megatron_trinity.reporting.events import note_from_here, run_folder
 from megatron_trinity.training.launch_store import own_client
 from megatron_trinity.training.stop import leave
 from megatron_trinity.training.stuck import Stuck, behind, stuck_here, write_stacks
@@ -247,9 +246,3 @@ def leave_others(neighbours: dict[int, Owner], records: dict[int, Stuck]) -> Non
         if rank not in records and owner.is_running():
             with suppress(OSError):
                 os.kill(owner.pid, signal.SIGKILL)
-
-
-def run_folder(args: Namespace) -> Path | None:
-    """Where a run keeps what is to be read when it has ended."""
-    folder = args.run_dir or args.save or args.tensorboard_dir
-    return None if folder is None else Path(folder)

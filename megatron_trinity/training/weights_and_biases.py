@@ -13,8 +13,8 @@ from unittest import mock
 
 from megatron_trinity.checkpoint.whole.candidates import is_empty
 from megatron_trinity.errors import TrinityError
+from megatron_trinity.reporting.events import run_folder
 from megatron_trinity.training.load_paths import goes_on_in_save
-from megatron_trinity.training.watch import run_folder
 from megatron_trinity.upstream.checkpoint_tracker import replacing
 
 NAME = "wandb.json"
