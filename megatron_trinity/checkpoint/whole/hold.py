@@ -154,7 +154,10 @@ def _take(
         elif not here and time.monotonic() - since > silence:
             why = f"silent for {silence:g} s"
         if number == 0 or why:
-            directory.mkdir(parents=True, exist_ok=True)  # the one before may have deleted it
+            # The one before may have deleted it, or does so now: `mkdir` looks once more at what it
+            # has found, and calls it no directory if it is gone. The next look is as good.
+            with suppress(FileExistsError):
+                directory.mkdir(parents=True, exist_ok=True)
             if (held := _follow(directory, number, content, beat)) is not None:
                 if why:
                     say(f"{directory} was held by {who}, {why}: it is taken over")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -350,6 +352,22 @@ def test_they_take_turns_whoever_is_killed(start: Start, run: Path, seed: int) -
         assert what == "out" or following == f"out {pid}" or int(pid) in killed
     assert {int(turn.split()[1]) for turn in seen if turn.startswith("out")} >= set(waiting)
     assert len(take(run)) <= 1
+
+
+def test_a_directory_that_goes_meanwhile(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before has made it, and deletes it where it is empty when it ends."""
+    made, mkdir = [], os.mkdir
+
+    def make_and_lose(path: Any, *arguments: Any, **options: Any) -> None:
+        made.append(path)
+        if len(made) == 1:
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "mkdir", make_and_lose)
+    with holding(run) as held:
+        held.check()
+    assert len(made) == 2
 
 
 def test_files_of_holders_are_no_checkpoints(run: Path) -> None:
